@@ -1,0 +1,294 @@
+"""Recipes: TOML files, ``section.key=value`` overrides, and every check of a user's input.
+
+Nothing here imports torch. A mistake ends in one line (``ConfigError``) that names the field, the value and the mend.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from retool.errors import ConfigError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class RunConfig(Section):
+    name: str = "run"
+    out: str = "runs"
+    """The run folder is ``out/name``."""
+    seed: int = 0
+    deterministic: bool = False
+    """A resumed or repeated run is equal bit by bit on the CPU; the rollout waits for all code before it goes on."""
+    threads: int = Field(default=0, ge=0)
+    """torch's CPU threads; 0: all cores less one (the sandbox needs one), at least one."""
+
+
+class ModelConfig(Section):
+    path: str = "nano"
+    """``nano`` (the base model inside this package), a folder in Hugging Face layout, or a hub name; with
+    ``random_init`` only its architecture is used."""
+    tokenizer: str = ""
+    """A folder or hub name; empty: beside the model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: float32 on the CPU, bfloat16 on CUDA."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    random_init: dict[str, int] = Field(default_factory=dict)
+    """Not empty: a Qwen2 of these sizes with random weights, e.g. ``{hidden_size = 64, num_hidden_layers = 2}``."""
+
+
+class DataConfig(Section):
+    source: Literal["world", "gsm8k"] = "world"
+    """``world``: the built-in task families of the quickstart. ``gsm8k``: files in GSM8K's JSON Lines layout."""
+    train_file: str = ""
+    test_file: str = ""
+    train_size: int = Field(default=0, ge=0)
+    """Tasks drawn for training; 0: as many as the job needs (world) or the whole file."""
+    test_size: int = Field(default=480, ge=1)
+    test_split: Literal["test", "dev"] = "test"
+    """Which split evaluations read. Choose settings on dev, report on test."""
+    sft_tool_share: float = Field(default=0.35, ge=0, le=1)
+    """world: share of the cold-start demonstrations that call the tool."""
+
+
+class SandboxConfig(Section):
+    workers: int = Field(default=0, ge=0)
+    """Pre-forked children; 0: 2 × cores + 8."""
+    timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    memory_mb: int = Field(default=1024, ge=32)
+    output_kb: int = Field(default=64, ge=1)
+    preload: list[str] = Field(default_factory=lambda: ["math", "random", "itertools", "fractions", "decimal"])
+    """Modules that the zygote imports once, so that runs need not; missing ones are skipped."""
+    retries: int = Field(default=2, ge=0)
+    """How often an ``infra`` execution is tried again."""
+
+
+class RolloutConfig(Section):
+    format: Literal["hermes"] = "hermes"
+    tools: bool = True
+    """False: text only, the prompt shows no tool and nothing is executed."""
+    max_turns: int = Field(default=4, ge=1)
+    """Assistant turns."""
+    max_response_tokens: int = Field(default=256, ge=1)
+    """Sampled and observation tokens."""
+    max_context: int = Field(default=640, ge=2)
+    """Prompt and response tokens."""
+    max_observation_tokens: int = Field(default=64, ge=4)
+    max_malformed: int = Field(default=2, ge=0)
+    """Malformed calls that a trajectory may make before it ends."""
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> RolloutConfig:
+        if self.max_response_tokens >= self.max_context:
+            raise ValueError(
+                f"rollout.max_response_tokens = {self.max_response_tokens} leaves no room for a prompt in "
+                f"rollout.max_context = {self.max_context}: make max_context larger"
+            )
+        return self
+
+
+class EngineConfig(Section):
+    kv_budget_mb: int = Field(default=512, ge=1)
+    """Memory for the KV cache; the number of live sequences follows from it, the rest wait."""
+    max_live: int = Field(default=256, ge=1)
+    """Live sequences at most, whatever the budget allows."""
+    prefill_chunk: int = Field(default=2048, ge=16)
+    """Tokens of prompts and observations computed in one forward pass."""
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon on the hidden matrices, AdamW on embeddings and norms."""
+    lr: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
+    muon_lr: float = Field(default=0.02, gt=0, allow_inf_nan=False)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate falls after the warm-up, to ``final_lr_share`` at the last step."""
+    final_lr_share: float = Field(default=0.0, ge=0, le=1)
+    grad_clip: float = Field(default=1.0, gt=0)
+
+
+class SFTConfig(Section):
+    steps: int = Field(default=0, ge=0)
+    """0: as many as ``epochs`` need."""
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    """Conversations a step."""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    max_tokens: int = Field(default=2048, ge=8)
+    """Longer conversations are left out and counted."""
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between in-loop losses on held-out conversations; 0: only at the end."""
+    save_every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+
+
+class RLConfig(Section):
+    steps: int = Field(default=40, ge=1)
+    prompts: int = Field(default=32, ge=1)
+    """Tasks a step."""
+    group_size: int = Field(default=8, ge=2)
+    """Trajectories a task (GRPO's G)."""
+    minibatch_prompts: int = Field(default=0, ge=0)
+    """Tasks an optimiser step; 0: all of them, strictly on-policy."""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.28, gt=0)
+    dual_clip: float = Field(default=10.0, gt=1)
+    reward: Literal["paper"] = "paper"
+    """paper: +1 for a right final answer, −1 otherwise."""
+    eval_every: int = Field(default=0, ge=0)
+    eval_size: int = Field(default=120, ge=1)
+    save_every: int = Field(default=0, ge=0)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+
+    @model_validator(mode="after")
+    def _divides(self) -> RLConfig:
+        if self.minibatch_prompts and self.prompts % self.minibatch_prompts:
+            raise ValueError(
+                f"rl.minibatch_prompts = {self.minibatch_prompts} does not divide rl.prompts = {self.prompts}: "
+                "choose a divisor, or 0 for one optimiser step"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    k: int = Field(default=1, ge=1)
+    """Samples a problem: mean@k, pass@k, maj@k."""
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    bootstrap: int = Field(default=2000, ge=100)
+    """Resamples for the 95 % interval, clustered by problem."""
+
+
+class Recipe(Section):
+    """One file for the three jobs: each reads the sections that it needs."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    sft: SFTConfig = Field(default_factory=SFTConfig)
+    rl: RLConfig = Field(default_factory=RLConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        if self.data.source == "gsm8k" and not (self.data.train_file or self.data.test_file):
+            raise ValueError("data.source = 'gsm8k' needs data.train_file and data.test_file: set their paths")
+        if self.model.random_init and not self.model.tokenizer:
+            raise ValueError("model.random_init needs model.tokenizer: name a tokenizer's folder or hub name")
+        return self
+
+
+_ENV = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _expand_environment(value: Any, field: str) -> Any:
+    """Replace ``${NAME}`` and ``${NAME:-default}`` in strings."""
+    if isinstance(value, dict):
+        return {k: _expand_environment(v, f"{field}.{k}" if field else k) for k, v in value.items()}
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        found = os.environ.get(name, default)
+        if found is None:
+            raise ConfigError(f"{field} = {value!r}: the environment variable {name} is not set; set it")
+        return found
+
+    return _ENV.sub(replace, value)
+
+
+def _parse_value(text: str) -> Any:
+    """An override's value as TOML where it is TOML, else as a plain string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set ``section.key=value`` in ``tree``.
+
+    Raises:
+        ConfigError: the override is not of that form.
+    """
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(f"override {override!r}: write section.key=value, e.g. rl.steps=10")
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
+    node[parts[-1]] = _parse_value(text.strip())
+
+
+def _suggest(location: tuple[Any, ...]) -> str:
+    """The keys that exist where an unknown one stands, the nearest first."""
+    model: Any = Recipe
+    for part in location[:-1]:
+        model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+    known = list(getattr(model, "model_fields", {}))
+    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else "known here: " + ", ".join(known)
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{name} = {first['input']!r}: there is no such setting; {_suggest(first['loc'])}"
+    if first["type"] == "value_error":
+        return str(first["msg"]).removeprefix("Value error, ")
+    message = str(first["msg"])
+    return f"{name} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def make_recipe(tree: dict[str, Any]) -> Recipe:
+    """Check a tree of sections.
+
+    Raises:
+        ConfigError: one line that names the field, the value and the mend.
+    """
+    try:
+        return Recipe.model_validate(_expand_environment(tree, ""))
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file and apply overrides, the last one winning.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML, or says something impossible.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {str(path)!r}: {error.strerror or error}; give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {str(path)!r} is not TOML: {error}") from None
+    for override in overrides:
+        apply_override(tree, override)
+    return make_recipe(tree)
