@@ -1,0 +1,1 @@
+"""The local engine: one set of weights, one device; policy and learner."""
