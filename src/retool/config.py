@@ -6,24 +6,40 @@ Nothing here imports torch. A mistake ends in one line (``ConfigError``) that na
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from retool.errors import ConfigError
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+SHIPPED_RECIPES = Path(__file__).parent / "recipes"
+"""The recipes inside the package, known by their names."""
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes ``true`` for 1, which would make ``rl.steps=true`` a run of one step."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise PydanticCustomError("number_type", "input should be a number")
+        return value
+
 
 class RunConfig(Section):
-    name: str = "run"
-    out: str = "runs"
+    name: str = Field(default="run", min_length=1)
+    out: str = Field(default="runs", min_length=1)
     """The run folder is ``out/name``."""
     seed: int = 0
     deterministic: bool = False
@@ -84,7 +100,7 @@ class RolloutConfig(Section):
     max_observation_tokens: int = Field(default=64, ge=4)
     max_malformed: int = Field(default=2, ge=0)
     """Malformed calls that a trajectory may make before it ends."""
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
 
@@ -112,7 +128,7 @@ class OptimConfig(Section):
     """muon: Muon on the hidden matrices, AdamW on embeddings and norms."""
     lr: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
     muon_lr: float = Field(default=0.02, gt=0, allow_inf_nan=False)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -169,7 +185,7 @@ class RLConfig(Section):
 class EvalConfig(Section):
     k: int = Field(default=1, ge=1)
     """Samples a problem: mean@k, pass@k, maj@k."""
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
     bootstrap: int = Field(default=2000, ge=100)
     """Resamples for the 95 % interval, clustered by problem."""
@@ -204,6 +220,8 @@ def _expand_environment(value: Any, field: str) -> Any:
     """Replace ``${NAME}`` and ``${NAME:-default}`` in strings."""
     if isinstance(value, dict):
         return {k: _expand_environment(v, f"{field}.{k}" if field else k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand_environment(v, field) for v in value]
     if not isinstance(value, str):
         return value
 
@@ -217,12 +235,23 @@ def _expand_environment(value: Any, field: str) -> Any:
     return _ENV.sub(replace, value)
 
 
-def _parse_value(text: str) -> Any:
-    """An override's value as TOML where it is TOML, else as a plain string."""
+def _section_at(parts: Sequence[Any]) -> Any:
+    """The model of the section with that path; None where there is none."""
+    model: Any = Recipe
+    for part in parts:
+        known = getattr(model, "model_fields", {})
+        model = known[part].annotation if part in known else None
+    return model
+
+
+def _parse_value(text: str, parts: list[str]) -> Any:
+    """An override's value as TOML where it is TOML, else as a plain string; a text setting takes what TOML would read
+    as a number or a date as it was typed (``run.name=2026-11-22``)."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return text if _section_at(parts) is str and not isinstance(value, str) else value
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -240,15 +269,12 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
-    node[parts[-1]] = _parse_value(text.strip())
+    node[parts[-1]] = _parse_value(text.strip(), parts)
 
 
 def _suggest(location: tuple[Any, ...]) -> str:
     """The keys that exist where an unknown one stands, the nearest first."""
-    model: Any = Recipe
-    for part in location[:-1]:
-        model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-    known = list(getattr(model, "model_fields", {}))
+    known = list(getattr(_section_at(location[:-1]), "model_fields", {}))
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"did you mean {near[0]!r}?" if near else "known here: " + ", ".join(known)
 
@@ -276,7 +302,7 @@ def make_recipe(tree: dict[str, Any]) -> Recipe:
         raise ConfigError(_one_line(error)) from None
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply overrides, the last one winning.
 
     Raises:
@@ -292,3 +318,55 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         apply_override(tree, override)
     return make_recipe(tree)
+
+
+def recipe_path(name: str | Path) -> Path:
+    """The file that ``name`` means: a path first, then a recipe inside the package (``quickstart``).
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in sorted(SHIPPED_RECIPES.glob("*.toml"))}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    raise ConfigError(
+        f"recipe {str(name)!r}: no such file, and not a shipped recipe ({', '.join(shipped) or 'none'}); "
+        "give the path of a TOML file"
+    )
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # JSON's strings are TOML's basic strings, but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return repr(value)
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as TOML that ``load_recipe`` reads back to an equal one."""
+    lines: list[str] = []
+
+    def write(section: BaseModel, name: str) -> None:
+        nested: list[tuple[str, BaseModel]] = []
+        lines.append(f"[{name}]")
+        for key, value in section:
+            if isinstance(value, BaseModel):
+                nested.append((f"{name}.{key}", value))
+            else:
+                lines.append(f"{key} = {_toml_value(value)}")
+        lines.append("")
+        for child_name, child in nested:
+            write(child, child_name)
+
+    for name, section in recipe:
+        write(section, name)
+    return "\n".join(lines)
