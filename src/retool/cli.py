@@ -1,0 +1,365 @@
+"""The command: parse, dispatch lazily, turn a user's mistake into one line.
+
+Nothing but click is imported before a command is known, so that ``retool --help`` answers at once.
+
+Exit codes: 0 done; 1 the thing asked about is not in order (a program in the sandbox failed, the doctor found something
+broken, the machine failed); 2 a mistake of the user; 130 Ctrl-C; 143 SIGTERM. With RETOOL_TRACEBACK=1 errors keep their
+traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from retool.errors import InfraError, UserError
+
+if TYPE_CHECKING:
+    from retool.config import Recipe
+
+EXIT_NOT_IN_ORDER = 1
+EXIT_USER_ERROR = 2
+EXIT_CTRL_C = 128 + signal.SIGINT
+EXIT_SIGTERM = 128 + signal.SIGTERM
+
+Job = Callable[..., Any]
+"""``run(recipe, *, progress, …) -> dict`` of one of the jobs."""
+
+
+def load_job(name: str) -> Job:
+    """The ``run`` of ``retool.<name>``, imported now."""
+    job: Job = importlib.import_module(f"retool.{name}").run
+    return job
+
+
+class _InterruptedError(Exception):
+    """Ctrl-C or SIGTERM, in a form that click does not answer by itself."""
+
+
+class _Root(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of a newcomer's way, not of the alphabet
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _InterruptedError from None
+
+
+def _show_help(ctx: click.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@click.group(cls=_Root, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="retool")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Teach a language model when to run code."""
+    _show_help(ctx)
+
+
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+
+
+def _toml_string(text: str) -> str:
+    import json
+
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _load(path: Path, overrides: Sequence[str], options: dict[str, str | int | None]) -> Recipe:
+    """The recipe with the overrides, then with those options that were given."""
+    from retool.config import load_recipe
+
+    given = [
+        f"{key}={_toml_string(value) if isinstance(value, str) else value}"
+        for key, value in options.items()
+        if value is not None
+    ]
+    return load_recipe(path, [*overrides, *given])
+
+
+@cli.command()
+@OVERRIDES
+@click.option(
+    "--from-scratch", is_flag=True, help="Pre-train the tiny base model too, instead of using the shipped one."
+)
+@click.option("--with-control", is_flag=True, help="Also train without the tool, on the same tasks, to compare.")
+@click.option("--seed", type=int, help="The seed of everything random (run.seed).")
+@click.option("--out", metavar="DIR", help="The folder in which the run folder is made (run.out).")
+@QUIET
+@click.pass_obj
+def quickstart(
+    load: Callable[[str], Job],
+    overrides: tuple[str, ...],
+    from_scratch: bool,
+    with_control: bool,
+    seed: int | None,
+    out: str | None,
+    quiet: bool,
+) -> None:
+    """The whole job on this machine, in minutes."""
+    from retool.config import SHIPPED_RECIPES
+    from retool.progress import Progress
+
+    recipe = _load(SHIPPED_RECIPES / "quickstart.toml", overrides, {"run.seed": seed, "run.out": out})
+    run = load("quickstart")
+    run(recipe, from_scratch=from_scratch, with_control=with_control, progress=Progress(quiet=quiet))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def doctor(as_json: bool) -> int:
+    """What this machine can do, and what is missing."""
+    import json
+
+    from retool.doctor import examine, render
+
+    found = examine()
+    click.echo(json.dumps(found, indent=2) if as_json else render(found))
+    return 0 if found["ok"] else EXIT_NOT_IN_ORDER
+
+
+@dataclass(frozen=True)
+class _JobOptions:
+    """What sft, rl and eval have in common on the command line."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    quiet: bool
+    dry_run: bool
+
+
+def _job_command(function: Callable[..., None]) -> Callable[..., None]:
+    decorators: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
+        click.argument("recipe"),
+        OVERRIDES,
+        click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True, expose_value=False),
+        QUIET,
+        click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would run; start nothing."),
+        click.pass_obj,
+    ]
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def _run_job(load: Callable[[str], Job], name: str, options: _JobOptions, model: str | None = None) -> None:
+    from retool.config import recipe_path
+
+    recipe = _load(recipe_path(options.recipe), options.overrides, {"model.path": model})
+    if options.dry_run:
+        click.echo(describe_job(name, recipe), nl=False)
+        return
+    from retool.progress import Progress
+
+    load(name)(recipe, progress=Progress(quiet=options.quiet))
+
+
+@cli.command()
+@_job_command
+def sft(load: Callable[[str], Job], recipe: str, overrides: tuple[str, ...], quiet: bool, dry_run: bool) -> None:
+    """Fine-tune on demonstrations (cold start).
+
+    RECIPE is a TOML file, or the name of a shipped one.
+    """
+    _run_job(load, "sft", _JobOptions(recipe, overrides, quiet, dry_run))
+
+
+@cli.command()
+@_job_command
+def rl(load: Callable[[str], Job], recipe: str, overrides: tuple[str, ...], quiet: bool, dry_run: bool) -> None:
+    """Reinforcement learning with code execution.
+
+    RECIPE is a TOML file, or the name of a shipped one.
+    """
+    _run_job(load, "rl", _JobOptions(recipe, overrides, quiet, dry_run))
+
+
+@cli.command(name="eval")
+@_job_command
+@click.option("--model", metavar="PATH", help="The checkpoint to evaluate (model.path).")
+def evaluate(
+    load: Callable[[str], Job],
+    recipe: str,
+    overrides: tuple[str, ...],
+    quiet: bool,
+    dry_run: bool,
+    model: str | None,
+) -> None:
+    """Evaluate a model.
+
+    RECIPE is a TOML file, or the name of a shipped one.
+    """
+    _run_job(load, "evaluate", _JobOptions(recipe, overrides, quiet, dry_run), model)
+
+
+def describe_job(name: str, recipe: Recipe) -> str:
+    """What ``--dry-run`` prints: the resolved recipe as TOML, and as comments what job ``name`` would do with it, so
+    that the whole is a recipe file again."""
+    from retool.config import recipe_toml
+
+    tools = "with code execution" if recipe.rollout.tools else "text only"
+    lines = [f"model {recipe.model.path}, data {recipe.data.source}"]
+    if name == "sft":
+        steps = f"{recipe.sft.steps} steps" if recipe.sft.steps else f"steps for {recipe.sft.epochs} × the data"
+        lines.append(f"{steps}, {recipe.sft.batch_size} conversations a step")
+    elif name == "rl":
+        prompts, group = recipe.rl.prompts, recipe.rl.group_size
+        updates = prompts // (recipe.rl.minibatch_prompts or prompts)
+        lines.append(
+            f"{recipe.rl.steps} steps, {prompts * group} trajectories a step ({prompts} tasks × {group}), {tools}; "
+            f"optimiser steps a step: {updates}"
+        )
+    else:
+        size, k = recipe.data.test_size, recipe.eval.k
+        lines.append(f"at most {size} problems of the {recipe.data.test_split} split × {k} samples, {tools}")
+    lines.append(f"run folder {Path(recipe.run.out) / recipe.run.name}")
+    return recipe_toml(recipe) + "\n" + "".join(f"# would run: {line}\n" for line in lines)
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def sandbox(ctx: click.Context) -> None:
+    """The code interpreter by itself."""
+    _show_help(ctx)
+
+
+@sandbox.command(name="run")
+@click.argument("file", metavar="FILE|-")
+@click.option("--timeout", type=float, metavar="S", help="Seconds the program may take (sandbox.timeout_s).")
+@click.option("--memory-mb", type=int, metavar="N", help="Memory the program may take (sandbox.memory_mb).")
+@click.option("--json", "as_json", is_flag=True, help="Print the typed result on one line.")
+def sandbox_run(file: str, timeout: float | None, memory_mb: int | None, as_json: bool) -> int:
+    """Run one Python program as a model's code is run; exit code 0 where it ended well, else 1."""
+    import asyncio
+    import json
+    from dataclasses import asdict
+
+    from retool.config import make_recipe
+    from retool.sandbox import LocalSandbox
+    from retool.types import ExecutionResult, ExecutionStatus
+
+    code = _read_program(file)
+    limits = {"workers": 1, "timeout_s": timeout, "memory_mb": memory_mb}
+    config = make_recipe({"sandbox": {key: value for key, value in limits.items() if value is not None}}).sandbox
+
+    async def execute() -> ExecutionResult:
+        async with LocalSandbox(config) as box:
+            return await box.execute(code, config.timeout_s)
+
+    result = asyncio.run(execute())
+    ended_well = result.status is ExecutionStatus.OK
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+    else:
+        _write_whole(sys.stdout, result.stdout)
+        _write_whole(sys.stderr, result.stderr)
+        if not ended_well:
+            code_text = "" if result.exit_code is None else f", exit code {result.exit_code}"
+            click.echo(f"retool: the program ended with {result.status}{code_text}", err=True)
+    return 0 if ended_well else EXIT_NOT_IN_ORDER
+
+
+def _read_program(file: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise UserError(
+            f"FILE = {file!r}: {error.strerror or error}; give the path of a Python program, or -"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"FILE = {file!r}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+
+
+def _write_whole(stream: TextIO, text: str) -> None:
+    stream.write(text)
+    stream.flush()
+
+
+@cli.command()
+@click.argument("run", metavar="RUN")
+def report(run: str) -> None:
+    """Write the report.html of a run folder again."""
+    if not Path(run).is_dir():
+        raise UserError(f"RUN = {run!r}: there is no such folder; give a run folder, e.g. runs/quickstart")
+    write_report: Callable[[Path], Path] = importlib.import_module("retool.report").write_report
+    click.echo(str(write_report(Path(run))))
+
+
+@contextmanager
+def _sigterm_is_ctrl_c() -> Iterator[list[int]]:
+    """While this is open SIGTERM does what Ctrl-C does just then: asyncio's handler where a loop runs, which cancels
+    its task, KeyboardInterrupt elsewhere; so a job needs one way to clean up. Yields the signals that came."""
+    came: list[int] = []
+
+    def pass_on(signum: int, frame: Any) -> None:
+        came.append(signum)
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):
+            handler(signal.SIGINT, frame)
+        else:  # a shell starts background jobs with SIGINT ignored
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _complain(message: str) -> None:
+    print(f"retool: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _run_command(arguments: Sequence[str] | None, load: Callable[[str], Job]) -> int:
+    """Run one command and answer its exit code; errors come out as they were raised."""
+    argument_list = None if arguments is None else list(arguments)
+    code = cli.main(argument_list, prog_name="retool", standalone_mode=False, obj=load)
+    return code if isinstance(code, int) else 0
+
+
+def main(arguments: Sequence[str] | None = None, *, load: Callable[[str], Job] = load_job) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        arguments: without the program's name; None takes the process's own.
+        load: from a job's name (quickstart, sft, rl, evaluate) to the function that runs it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a tick or a model's stray byte must not end a job on an ASCII terminal
+            stream.reconfigure(errors="backslashreplace")
+    with _sigterm_is_ctrl_c() as terminated:
+        try:
+            return _run_command(arguments, load)
+        except _InterruptedError:
+            print("retool: terminated" if terminated else "retool: interrupted", file=sys.stderr)
+            return EXIT_SIGTERM if terminated else EXIT_CTRL_C
+        except (click.ClickException, UserError, InfraError) as error:
+            if os.environ.get("RETOOL_TRACEBACK") == "1":
+                raise
+            if isinstance(error, click.UsageError):
+                command = error.ctx.command_path if error.ctx is not None else "retool"
+                _complain(f"{error.format_message()} See '{command} --help'.")
+            else:
+                _complain(error.format_message() if isinstance(error, click.ClickException) else str(error))
+            return EXIT_NOT_IN_ORDER if isinstance(error, InfraError) else EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())
