@@ -1,0 +1,1 @@
+"""Pure functions on tensors and token lists: advantages, losses, micro-batches."""

@@ -1,0 +1,1 @@
+"""Data sets: tasks to solve and conversations to learn from."""

@@ -1,0 +1,101 @@
+"""Loading and saving models in Hugging Face layout, and choosing the device."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen2Config
+
+from retool.config import ModelConfig, RunConfig
+from retool.engine.attention import NAME as ATTENTION
+from retool.errors import ConfigError
+from retool.formats.tokenizer import load_tokenizer
+from retool.store import write_directory
+
+NANO = Path(__file__).parent.parent / "nano"
+"""The base model inside this package."""
+
+
+def choose_device(config: ModelConfig) -> torch.device:
+    """Raises:
+    ConfigError: CUDA is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device = 'cuda': torch sees no GPU here; use 'cpu' or 'auto', or install torch with CUDA")
+    use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if config.dtype == "float32" else torch.bfloat16
+
+
+def prepare_torch(run: RunConfig) -> None:
+    """Threads, and reproducible kernels where the run asks for them."""
+    torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 2) - 1))
+    torch.manual_seed(run.seed)
+    torch.use_deterministic_algorithms(run.deterministic, warn_only=True)
+
+
+def resolve_path(path: str) -> str:
+    return str(NANO) if path == "nano" else path
+
+
+def load_model(config: ModelConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model on its device, with our attention, and its tokenizer.
+
+    Raises:
+        ConfigError: the model or tokenizer cannot be loaded; one line that names the field.
+    """
+    device = choose_device(config)
+    dtype = choose_dtype(config, device)
+    tokenizer = load_tokenizer(resolve_path(config.tokenizer or config.path))
+    if config.random_init:
+        sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, **config.random_init}
+        sizes.setdefault("vocab_size", len(tokenizer))
+        try:
+            architecture = Qwen2Config(**sizes, attn_implementation=ATTENTION)
+            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+        except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+            raise ConfigError(f"model.random_init = {config.random_init}: {error}") from None
+    else:
+        path = resolve_path(config.path)
+        try:
+            architecture = AutoConfig.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=architecture, dtype=dtype, attn_implementation=ATTENTION
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"model.path = {config.path!r}: not a model folder or known hub name ({reason})") from None
+    return model.to(device), tokenizer
+
+
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the model and its tokenizer in Hugging Face layout into an existing folder, without a word of ours: the
+    attention implementation saved is the default one, so that any program loads it."""
+    with _default_attention(model):
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_model_aside(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The same, written aside and renamed, so that a crash leaves either the old folder or the new one."""
+    with write_directory(folder) as aside:
+        save_model(model, tokenizer, aside)
+
+
+@contextlib.contextmanager
+def _default_attention(model: Any) -> Any:
+    ours = model.config._attn_implementation
+    model.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = ours
