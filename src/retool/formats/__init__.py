@@ -1,0 +1,1 @@
+"""How chats, tool calls and tool answers look as tokens."""
