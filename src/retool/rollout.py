@@ -1,0 +1,263 @@
+"""Thinking, executing and reading the result, token by token: how a trajectory comes to be. No torch.
+
+Tokens are only ever appended: a turn's sampled ids, then the observation's. Whatever ends a trajectory has its
+``StopReason``; what the machine breaks is told apart from what the model does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from retool.config import RolloutConfig
+from retool.errors import InvariantError
+from retool.protocols import Policy, Sandbox, ToolFormat
+from retool.types import (
+    ExecutionResult,
+    ExecutionStatus,
+    Finish,
+    SamplingParams,
+    StopReason,
+    Task,
+    TokenOutput,
+    ToolCall,
+    Trajectory,
+    TrajectoryGroup,
+    Turn,
+)
+
+T = TypeVar("T")
+SEED_BITS = 63  # torch and numpy take seeds as signed 64-bit integers
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Everything that the trajectories of a job share.
+
+    Raises:
+        ValueError: the config shows a tool, and there is no sandbox to run it.
+    """
+
+    policy: Policy
+    fmt: ToolFormat
+    sandbox: Sandbox | None
+    """None only where ``config.tools`` is False."""
+    config: RolloutConfig
+    timeout_s: float = 30.0
+    """For one run of code."""
+    infra_retries: int = 2
+    """How often an ``infra`` execution is tried again before its trajectory is given up."""
+
+    def __post_init__(self) -> None:
+        if self.config.tools and self.sandbox is None:
+            raise ValueError("rollout.tools is on and sandbox is None: give a sandbox, or set rollout.tools = false")
+
+
+def turn_seed(seed: int, step: int, task_id: str, sample: int, turn: int) -> int:
+    """A turn's seed (63 bits), from its identity alone: equal in every process and on every machine."""
+    identity = json.dumps([seed, step, task_id, sample, turn]).encode()
+    digest = hashlib.blake2b(identity, digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> (64 - SEED_BITS)
+
+
+def session_id(step: int, task_id: str, sample: int) -> str:
+    return f"{step}/{task_id}/{sample}"
+
+
+async def run_trajectory(rollout: Rollout, task: Task, sample: int, *, seed: int, step: int) -> Trajectory:
+    """One attempt at a task, ended by a ``StopReason``. The policy's session is released however this ends.
+
+    Raises:
+        InvariantError: the policy broke its promise, or the ids are not what was sampled and observed.
+        InfraError: the sandbox cannot run anything at all.
+    """
+    trajectory = Trajectory(task, sample, rollout.fmt.prompt_ids(task.messages, tools=rollout.config.tools))
+    session = session_id(step, task.id, sample)
+    ids = list(trajectory.prompt_ids)
+    try:
+        while trajectory.stop_reason is None:
+            await _take_turn(
+                rollout, trajectory, ids, session, turn_seed(seed, step, task.id, sample, len(trajectory.turns))
+            )
+    finally:
+        rollout.policy.release(session)
+    _check_trajectory(trajectory, ids)
+    return trajectory
+
+
+async def run_groups(
+    rollout: Rollout,
+    tasks: Sequence[Task],
+    group_size: int,
+    *,
+    seed: int,
+    step: int,
+    on_trajectory: Callable[[Trajectory], None] | None = None,
+) -> list[TrajectoryGroup]:
+    """``group_size`` attempts at each task, all at once; one group per task, in the tasks' order, its trajectories in
+    the order of their samples. ``on_trajectory`` is called as each one ends.
+
+    A task that occurs n times gets n groups, whose samples are numbered on. On an error, or when cancelled, nothing is
+    left running.
+
+    Raises:
+        whatever ``run_trajectory`` raises, of the first one that does.
+    """
+
+    async def run(task: Task, sample: int) -> Trajectory:
+        trajectory = await run_trajectory(rollout, task, sample, seed=seed, step=step)
+        if on_trajectory is not None:
+            on_trajectory(trajectory)
+        return trajectory
+
+    runs = []
+    # Two groups of one task must not share sessions, nor random numbers.
+    seen: Counter[str] = Counter()
+    for task in tasks:
+        first = seen[task.id]
+        seen[task.id] += group_size
+        runs += [run(task, first + index) for index in range(group_size)]
+    finished = await _together(runs)
+    groups = []
+    for index, task in enumerate(tasks):
+        group = finished[index * group_size : (index + 1) * group_size]
+        lost = [t for t in group if t.stop_reason is StopReason.INFRA]
+        groups.append(TrajectoryGroup(task, [t for t in group if t.stop_reason is not StopReason.INFRA], lost))
+    return groups
+
+
+async def _take_turn(rollout: Rollout, trajectory: Trajectory, ids: list[int], session: str, seed: int) -> None:
+    """Sample a turn, run its calls, append what came of it to ``trajectory`` and ``ids``; set the stop reason if the
+    trajectory ends here."""
+    room, full = _room(rollout.config, trajectory)
+    if room < 1:
+        trajectory.stop_reason = full
+        return
+    params = _sampling(rollout, room, seed)
+    # The policy may keep the list that it is given; ours grows.
+    output = await rollout.policy.generate(list(ids), params, session=session)
+    _check_output(output, params)
+    text = rollout.fmt.decode(output.token_ids)
+    calls = rollout.fmt.find_calls(text) if rollout.config.tools else []
+    ids += output.token_ids
+
+    ending = _ending(rollout.config, trajectory, output, calls, full)
+    if ending is not None:
+        trajectory.turns.append(Turn(output, text, calls, [None] * len(calls)))
+        trajectory.stop_reason = ending
+        return
+
+    started = time.monotonic()
+    executions = await _together(_answer(rollout, call) for call in calls)
+    trajectory.sandbox_s += time.monotonic() - started
+    turn = Turn(output, text, calls, executions)
+    trajectory.turns.append(turn)
+    if any(result is not None and result.status is ExecutionStatus.INFRA for result in executions):
+        trajectory.stop_reason = StopReason.INFRA
+        return
+    observation = _observe(rollout, output, calls, executions)
+    room, full = _room(rollout.config, trajectory)
+    if len(observation) >= room:  # no place for a sampled token after it
+        trajectory.stop_reason = full
+        return
+    trajectory.turns[-1] = replace(turn, observation_ids=observation, observation_text=rollout.fmt.decode(observation))
+    ids += observation
+
+
+def _room(config: RolloutConfig, trajectory: Trajectory) -> tuple[int, StopReason]:
+    """How many tokens may still be appended, and which limit says so."""
+    response = config.max_response_tokens - trajectory.response_length
+    context = config.max_context - len(trajectory.prompt_ids) - trajectory.response_length
+    return (response, StopReason.MAX_TOKENS) if response <= context else (context, StopReason.CONTEXT_FULL)
+
+
+def _sampling(rollout: Rollout, room: int, seed: int) -> SamplingParams:
+    config = rollout.config
+    return SamplingParams(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_tokens=room,
+        stop=rollout.fmt.stop,
+        stop_token_ids=rollout.fmt.stop_token_ids,
+        seed=seed,
+    )
+
+
+def _ending(
+    config: RolloutConfig, trajectory: Trajectory, output: TokenOutput, calls: list[ToolCall], full: StopReason
+) -> StopReason | None:
+    """Why the trajectory ends with this turn, its calls not executed; None if they are to be."""
+    if output.finish is Finish.ABORT:
+        return StopReason.INFRA
+    if output.finish is Finish.LENGTH:
+        return full
+    if not calls:
+        return StopReason.ANSWERED
+    malformed = sum(call.code is None for turn in trajectory.turns for call in turn.calls)
+    if malformed + sum(call.code is None for call in calls) > config.max_malformed:
+        return StopReason.MALFORMED
+    return StopReason.MAX_TURNS if len(trajectory.turns) + 1 >= config.max_turns else None
+
+
+async def _answer(rollout: Rollout, call: ToolCall) -> ExecutionResult | None:
+    """The call's run, tried again while the sandbox itself fails; None for a malformed call."""
+    if call.code is None or rollout.sandbox is None:
+        return None
+    result = await rollout.sandbox.execute(call.code, rollout.timeout_s)
+    for _ in range(rollout.infra_retries):
+        if result.status is not ExecutionStatus.INFRA:
+            break
+        result = await rollout.sandbox.execute(call.code, rollout.timeout_s)
+    return result
+
+
+def _observe(
+    rollout: Rollout, output: TokenOutput, calls: list[ToolCall], executions: list[ExecutionResult | None]
+) -> list[int]:
+    """The observation's ids; each call's text is cut to ``max_observation_tokens``, the template's own come on top."""
+    texts = []
+    for call, execution in zip(calls, executions, strict=True):
+        text = execution.text if execution is not None else f"Error: {call.error}"
+        texts.append(rollout.fmt.truncate(text, rollout.config.max_observation_tokens))
+    return rollout.fmt.observation_ids(texts, output)
+
+
+async def _together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, in order. On the first error, or when cancelled, the rest are cancelled and awaited before
+    that error is raised: none is left running, and no ``finally`` is skipped."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _check_output(output: TokenOutput, params: SamplingParams) -> None:
+    if len(output.logprobs) != len(output.token_ids):
+        raise InvariantError(f"policy: {len(output.token_ids)} tokens with {len(output.logprobs)} log-probabilities")
+    if not all(map(math.isfinite, output.logprobs)):
+        raise InvariantError("policy: the log-probability of a sampled token is not finite")
+    if len(output.token_ids) > params.max_tokens:
+        raise InvariantError(f"policy: {len(output.token_ids)} tokens where {params.max_tokens} were allowed")
+    if not output.token_ids and output.finish is not Finish.ABORT:
+        raise InvariantError(f"policy: finished ({output.finish.value}) without sampling a token")
+
+
+def _check_trajectory(trajectory: Trajectory, ids: list[int]) -> None:
+    if trajectory.ids_T != ids:
+        raise InvariantError(f"task {trajectory.task.id}: the trajectory's ids are not those that the policy continued")
+    if not len(ids) == len(trajectory.mask_T) == len(trajectory.logprobs_T):
+        raise InvariantError(f"task {trajectory.task.id}: ids, mask and log-probabilities are not aligned")
+    if any(len(turn.executions) != len(turn.calls) for turn in trajectory.turns):
+        raise InvariantError(f"task {trajectory.task.id}: executions are not aligned with calls")
