@@ -34,7 +34,7 @@ COMMANDS = {
 }
 OPTIM = "name lr muon_lr betas weight_decay warmup_steps schedule final_lr_share grad_clip"
 SETTINGS = {
-    "run": "name out seed deterministic threads",
+    "run": "name out seed deterministic resume threads",
     "model": "path tokenizer dtype device random_init",
     "data": "source train_file test_file train_size test_size test_split sft_tool_share",
     "sandbox": "workers timeout_s memory_mb output_kb preload retries",
