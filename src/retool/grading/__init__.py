@@ -1,0 +1,1 @@
+"""Find the final answer, judge it, turn the verdict into a reward."""
