@@ -1,0 +1,233 @@
+"""Files in GSM8K's JSON Lines layout (``question``, ``answer`` with ``#### N`` at its end) as tasks and conversations.
+
+The annotated solutions mark every calculation: ``<<48/2=24>>24``. A conversation makes one program of a solution's
+calculations, whose steps use the results of earlier steps by name: a program that spelled them out could only be written by
+someone who had already worked them out.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from retool.data.prompts import SYSTEM_PROMPT
+from retool.errors import DataError
+from retool.types import Conversation, Message, Task
+
+SOURCE = "gsm8k"
+PLAN = "I compute the steps with code."
+MAX_POWER = 64
+"""Larger exponents do not occur in the data; without a bound one typing error could take all memory."""
+
+FLOAT_NOISE = Decimal("1e-9")
+"""0.1 * 30 is 3.0000000000000004; the data's numbers are far coarser than this."""
+
+_ANNOTATION = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
+_LITERAL = re.compile(r"(?<![\w.])\d+(?:\.\d*)?|(?<![\w.])\.\d+")
+_NUMBER = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)")
+_log = logging.getLogger(__name__)
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+
+
+class Row(NamedTuple):
+    line: int
+    question: str
+    solution: str
+    answer: str
+
+
+class UnfitError(Exception):
+    """A solution that gives no sound conversation; says why."""
+
+
+def load_tasks(path: str | Path, split: str) -> list[Task]:
+    """One task per row, named ``gsm8k/SPLIT/ROW`` (rows count from 0); the answer is what follows ``####``.
+
+    Raises:
+        DataError: the file cannot be read, or a row is not as described; names the file and the line.
+    """
+    return [
+        Task(f"{SOURCE}/{split}/{index}", SOURCE, prompt_messages(row.question), row.answer)
+        for index, row in enumerate(read_rows(path))
+    ]
+
+
+def prompt_messages(question: str) -> list[Message]:
+    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+
+
+def load_conversations(path: str | Path) -> list[Conversation]:
+    """A conversation per row whose solution fits; how many did not, and why, is logged.
+
+    Raises:
+        DataError: as ``load_tasks``.
+    """
+    conversations, unfit = convert_rows(path)
+    if unfit:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in unfit.most_common())
+        _log.warning("%s: %d rows left out: %s", path, unfit.total(), reasons)
+    return conversations
+
+
+def convert_rows(path: str | Path) -> tuple[list[Conversation], Counter[str]]:
+    """The conversations of the rows that fit, and how many others there are for each reason.
+
+    Raises:
+        DataError: as ``load_tasks``.
+    """
+    conversations, unfit = [], Counter[str]()
+    for index, row in enumerate(read_rows(path)):
+        try:
+            conversations.append(Conversation(f"{SOURCE}/{index}", _converse(row)))
+        except UnfitError as reason:
+            unfit[str(reason)] += 1
+    return conversations, unfit
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """The file's rows; blank lines are skipped.
+
+    Raises:
+        DataError: the file cannot be read, or a row is not as described; names the file and the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; give the path of a file in GSM8K's layout") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    for number, text in enumerate(lines, start=1):
+        if text.strip():
+            yield _read_row(text, f"{path}, line {number}", number)
+    if not any(text.strip() for text in lines):
+        raise DataError(f"{path}: holds no rows; give a file with one JSON object per line")
+
+
+def _read_row(text: str, where: str, line: int) -> Row:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); write one JSON object per line") from None
+    if not isinstance(row, dict):
+        raise DataError(f'{where}: not a JSON object; write {{"question": …, "answer": …}}')
+    for field in ("question", "answer"):
+        if not isinstance(row.get(field), str):
+            raise DataError(f"{where}: {field!r} is missing or no string; add it")
+    solution, marker, answer = row["answer"].rpartition("####")
+    answer = answer.strip().replace(",", "")
+    if not marker:
+        raise DataError(f"{where}: 'answer' has no '####'; end it with a line '#### N'")
+    if not _NUMBER.fullmatch(answer):
+        raise DataError(f"{where}: {answer!r} after '####' is not a number; write digits alone")
+    return Row(line, row["question"], solution.strip(), answer)
+
+
+def _converse(row: Row) -> list[Message]:
+    """The chat: the plan and one call, what the code prints, the solution's prose with its answer in a box.
+
+    Raises:
+        UnfitError: says why.
+    """
+    code, outputs = _program(row)
+    call = {"type": "function", "function": {"name": "code_interpreter", "arguments": {"code": code}}}
+    prose = _ANNOTATION.sub("", row.solution)
+    return [
+        *prompt_messages(row.question),
+        {"role": "assistant", "content": PLAN, "tool_calls": [call]},
+        {"role": "tool", "content": "\n".join(outputs)},
+        {"role": "assistant", "content": f"{prose}\n\\boxed{{{row.answer}}}"},
+    ]
+
+
+def _program(row: Row) -> tuple[str, list[str]]:
+    """The solution's calculations as one program that prints each result, and what it prints.
+
+    A number that the question does not give, and that an earlier step claims as its result, is that result.
+    """
+    steps = _ANNOTATION.findall(row.solution)
+    if not steps:
+        raise UnfitError("without an annotated calculation")
+    if "<<" in _ANNOTATION.sub("", row.solution):
+        raise UnfitError("with an annotation that is no calculation")
+    given = {Decimal(text) for text in _LITERAL.findall(re.sub(r"(?<=\d),(?=\d{3})", "", row.question))}
+    values: dict[str, float] = {}
+    claims: dict[Decimal, str] = {}
+    lines, outputs = [], []
+    for expression, claimed in steps:
+        claim = claimed.strip().replace(",", "")
+        if not _NUMBER.fullmatch(claim):
+            raise UnfitError("whose result is not a number")
+        name = f"s{len(values) + 1}"
+        source = _LITERAL.sub(lambda match: _operand(match.group(), given, claims), expression.replace(",", ""))
+        source = re.sub(r"\s+", "", source)
+        values[name] = _evaluate(source, values)
+        if not _agrees(values[name], claim):
+            raise UnfitError("whose result differs from its annotation")
+        claims[Decimal(claim)] = name
+        lines += [f"{name} = {source}", f"print({name})"]
+        outputs.append(str(values[name]))
+    if not _agrees(values[name], row.answer):
+        raise UnfitError("whose last result is not the answer")
+    return "\n".join(lines), outputs
+
+
+def _operand(text: str, given: set[Decimal], claims: dict[Decimal, str]) -> str:
+    value = Decimal(text)
+    if value in claims and value not in given:
+        return claims[value]
+    # Python takes no integer with a leading zero, and the data writes ".5" and "5.".
+    whole, point, decimals = text.partition(".")
+    return (whole.lstrip("0") or "0") + (point + decimals if decimals else "")
+
+
+def _evaluate(source: str, values: dict[str, float]) -> float:
+    """What Python gives for an arithmetic expression of numbers and names, and for nothing else.
+
+    Raises:
+        UnfitError: the expression is anything more, or has no value.
+    """
+
+    def value(node: ast.expr) -> Any:
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return node.value
+        if isinstance(node, ast.Name) and node.id in values:
+            return values[node.id]
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+            left, right = value(node.left), value(node.right)
+            if isinstance(node.op, ast.Pow) and abs(right) > MAX_POWER:
+                raise UnfitError("with an enormous power")
+            return _BINARY[type(node.op)](left, right)
+        raise UnfitError("whose calculation is not plain arithmetic")
+
+    try:
+        result = value(ast.parse(source, mode="eval").body)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError):
+        raise UnfitError("whose calculation is not plain arithmetic") from None
+    if isinstance(result, complex):
+        raise UnfitError("whose result is not a number")
+    return float(result) if isinstance(result, float) else int(result)
+
+
+def _agrees(value: float, claim: str) -> bool:
+    """Whether ``claim`` is ``value``, rounded or cut to the decimals that it shows; a whole number must be exact."""
+    decimals = len(claim.partition(".")[2])
+    return abs(Decimal(value) - Decimal(claim)) < (Decimal(1).scaleb(-decimals) if decimals else FLOAT_NOISE)
