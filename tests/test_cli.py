@@ -169,17 +169,20 @@ def test_the_traceback_can_be_asked_for() -> None:
 
 
 BUSY = {
-    "asyncio": "asyncio.run(asyncio.sleep(60))",
-    "threads": "time.sleep(60)",
+    "asyncio": "asyncio.run(sleep_in_a_loop())",
+    "threads": "started(); time.sleep(60)",
 }
 JOB = """
 import asyncio, signal, sys, time
 from retool.cli import main
 if {ignored}: signal.signal(signal.SIGINT, signal.SIG_IGN)
+def started(): print("started", flush=True)
+async def sleep_in_a_loop():
+    started()
+    await asyncio.sleep(60)
 def load(name):
     def run(recipe, *, progress):
         try:
-            print("started", flush=True)
             {busy}
         finally:
             print("cleaned up", flush=True)
