@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -130,6 +131,14 @@ def test_the_table_itself_points_downwards() -> None:
         for other in allowed.units - {unit}:
             assert TABLE[other].layer <= allowed.layer, (unit, other)
             assert unit not in TABLE[other].units, (unit, other)
+
+
+def test_the_page_shows_the_same_table() -> None:
+    """docs/architecture.md names every module that is there, in its layer, and none that is not."""
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    shown = {unit: int(layer) for layer, unit in re.findall(r"^\| (\d) \| `(\w+)` \|", page, re.MULTILINE)}
+    there = {unit_of(module) for module, _ in modules_of(PACKAGE)} - {""}
+    assert shown == {unit: TABLE[unit].layer for unit in there}
 
 
 @pytest.mark.parametrize(
