@@ -1,8 +1,8 @@
 """Files in GSM8K's JSON Lines layout (``question``, ``answer`` with ``#### N`` at its end) as tasks and conversations.
 
 The annotated solutions mark every calculation: ``<<48/2=24>>24``. A conversation makes one program of a solution's
-calculations, whose steps use the results of earlier steps by name: a program that spelled them out could only be written by
-someone who had already worked them out.
+calculations, whose steps use the results of earlier steps by name: only someone who had already worked them out could
+write a program that spelled them out.
 """
 
 from __future__ import annotations

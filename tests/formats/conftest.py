@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fakes import tiny_tokenizer
+
+from retool.formats.hermes import HermesFormat
+from retool.formats.tokenizer import load_tokenizer
+
+# Unlike any template we ship: other control tokens, contents trimmed, earlier turns upper-cased, the tool's answers in
+# a role of their own, a call's tags special, and an opening with a word of its own.
+ODD_SPECIAL = ("[PAD]", "[OPEN]", "[TURN]", "<tool_call>", "</tool_call>", "[STOP]")
+ODD_TEMPLATE = """\
+{%- if tools %}[OPEN]tools {{ tools | tojson }}[STOP]{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}[OPEN]result: {{ message.content | trim }}[STOP]
+{%- elif message.role == 'assistant' and not loop.last %}[OPEN]assistant says {{ message.content | upper }}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}[STOP]
+{%- elif message.role == 'assistant' %}[OPEN]assistant says {{ message.content }}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}[STOP]
+{%- else %}[OPEN]{{ message.role }} says {{ message.content | trim }}[STOP]{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}[OPEN]assistant says {% endif %}"""
+
+_MADE: dict[str, HermesFormat] = {}
+
+
+def make(name: str, shared_data: Path | None) -> HermesFormat:
+    """Kept: reading Qwen's vocabulary takes a second."""
+    if name in _MADE:
+        return _MADE[name]
+    if name == "tiny":
+        tokenizer = tiny_tokenizer()
+    elif name == "odd":
+        tokenizer = tiny_tokenizer(ODD_TEMPLATE, ODD_SPECIAL)
+    else:
+        assert shared_data is not None
+        tokenizer = load_tokenizer(shared_data / "tokenizer" / "qwen2.5")
+        template = shared_data / "tokenizer" / name / "chat_template.jinja"
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        if name == "qwen3":
+            # As Qwen3's own tokenizer has them, where Qwen2.5 spells them out.
+            tokenizer.add_tokens(["<tool_response>", "</tool_response>", "<think>", "</think>"])
+    _MADE[name] = HermesFormat(tokenizer)
+    return _MADE[name]
+
+
+@pytest.fixture(params=["tiny", "odd", "qwen2.5", "qwen3"])
+def fmt(request: pytest.FixtureRequest) -> HermesFormat:
+    needs_data = request.param.startswith("qwen")
+    return make(request.param, request.getfixturevalue("shared_data") if needs_data else None)
+
+
+@pytest.fixture
+def tiny() -> HermesFormat:
+    return make("tiny", None)
+
+
+@pytest.fixture
+def qwen(shared_data: Path) -> HermesFormat:
+    return make("qwen2.5", shared_data)
