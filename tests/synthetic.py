@@ -181,7 +181,7 @@ def write_rl_run(path: Path, steps: int, calls_to: float, skill_to: float) -> Ru
     for step in range(1, steps + 1):
         done = 1 - math.exp(-3.5 * step / steps)
         groups = attempts(
-            step, 16, 6, 0.45 + (skill_to - 0.45) * done, 0.35 + (calls_to - 0.35) * done, first=step * 100
+            step, 16, 6, 0.45 + (skill_to - 0.45) * done, calls_to and 0.35 + (calls_to - 0.35) * done, first=step * 100
         )
         line = rollout_metrics(groups) | {
             "actor/entropy": 0.42 * math.exp(-2 * step / steps) + rng.random() * 0.02,

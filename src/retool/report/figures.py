@@ -45,11 +45,18 @@ class Panel:
     """The first of these that the run has is drawn."""
     percent: bool = False
     log: bool = False
+    caption: str = ""
+    """Where it is empty, the metric's definition."""
 
 
 PANELS = (
     Panel("Trajectories that call the tool", ("tool/call_rate",), percent=True),
-    Panel("Runs of code that succeed", ("tool/status/ok",), percent=True),
+    Panel(
+        "Runs of code that succeed",
+        ("tool/status/ok",),
+        percent=True,
+        caption="Share of runs that ended with status ok: exit code 0, within every limit.",
+    ),
     Panel("Turns", ("num_turns/mean",)),
     Panel("Response length, tokens", ("response_length/mean",)),
     Panel("Reward", ("critic/score/mean",)),
@@ -159,7 +166,7 @@ def draw_panel(panel: Panel, curves: Sequence[Curve]) -> Figure | None:
         axes.minorticks_off()
     elif lowest >= 0:
         axes.set_ylim(0, max(drawn) * 1.1 or 1.0)
-    caption = definition(name) or ""
+    caption = panel.caption or definition(name) or ""
     return Figure(
         panel.title, _finish(figure, _slug(name)), caption, _described(panel.title, name, curves, panel.percent)
     )

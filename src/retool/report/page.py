@@ -46,6 +46,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def _in_sentence(stage: Stage) -> str:
+    """GRPO stays GRPO."""
+    return stage.title.lower() if stage.key in ("base", "sft") else stage.title
+
+
 def story(report: Report) -> str:
     """What happened, in a sentence or two made of the measured numbers; empty where no stage was evaluated."""
     measured = [(s, a) for s in report.stages if (a := s.number("accuracy")) is not None]
@@ -58,11 +63,8 @@ def story(report: Report) -> str:
     if len(chain) == 1:
         text = f"{on}, {last.title} is right in {percent(accuracy)}"
     else:
-        steps = ", ".join(
-            f"{percent(a)} ({s.title.lower() if s.key in ('base', 'sft') else s.title})" for s, a in chain[1:]
-        )
-        first, start = chain[0]
-        text = f"{on}, accuracy went from {percent(start)} ({first.title.lower()}) to {steps}"
+        start, *middle, end = [f"{percent(a)} ({_in_sentence(s)})" for s, a in chain]
+        text = f"{on}, accuracy went from {start} to {', '.join(middle)}{' and ' if middle else ''}{end}"
     calls = last.number("call_rate")
     text += f"; the model ran code on {percent(calls)} of them." if calls is not None else "."
     control = next((a for s, a in measured if s.key == "text_only"), None)

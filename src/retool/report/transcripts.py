@@ -54,7 +54,8 @@ def highlight(code: str) -> Markup:
     except ImportError:
         return escape(code)
     lexer = PythonLexer(stripnl=False, ensurenl=False)
-    return Markup(colour(code, lexer, HtmlFormatter(nowrap=True, classprefix="t-")))
+    html: str = colour(code, lexer, HtmlFormatter(nowrap=True, classprefix="t-"))
+    return Markup(html.removesuffix("\n"))
 
 
 def _prose(text: str) -> Iterator[Piece]:
