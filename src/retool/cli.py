@@ -313,14 +313,22 @@ def _sigterm_is_ctrl_c() -> Iterator[list[int]]:
         handler = signal.getsignal(signal.SIGINT)
         if callable(handler):
             handler(signal.SIGINT, frame)
-        else:  # a shell starts background jobs with SIGINT ignored
-            raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, pass_on)
+    interrupt = signal.getsignal(signal.SIGINT)
+    ignored = interrupt is signal.SIG_IGN
+    if ignored:
+        # A script's shell starts background jobs so. asyncio takes Ctrl-C into its hands only where Python's own handler
+        # stands; blocked, the signal still does nothing.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    terminate = signal.signal(signal.SIGTERM, pass_on)
     try:
         yield came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, terminate)
+        if ignored:
+            signal.signal(signal.SIGINT, interrupt)  # before the next line, so that a pending one is dropped
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _complain(message: str) -> None:

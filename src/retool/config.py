@@ -44,6 +44,9 @@ class RunConfig(Section):
     seed: int = 0
     deterministic: bool = False
     """A resumed or repeated run is equal bit by bit on the CPU; the rollout waits for all code before it goes on."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: the same command typed again goes on from the last checkpoint. never: a run folder that is there is an
+    error."""
     threads: int = Field(default=0, ge=0)
     """torch's CPU threads; 0: all cores less one (the sandbox needs one), at least one."""
 
@@ -67,12 +70,12 @@ class DataConfig(Section):
     train_file: str = ""
     test_file: str = ""
     train_size: int = Field(default=0, ge=0)
-    """Tasks drawn for training; 0: as many as the job needs (world) or the whole file."""
+    """Rows of the training file that are used; 0: all of them. The world draws as many as the job needs."""
     test_size: int = Field(default=480, ge=1)
     test_split: Literal["test", "dev"] = "test"
     """Which split evaluations read. Choose settings on dev, report on test."""
-    sft_tool_share: float = Field(default=0.35, ge=0, le=1)
-    """world: share of the cold-start demonstrations that call the tool."""
+    sft_tool_share: float = Field(default=0.3, ge=0, le=1)
+    """world: share of the cold-start demonstrations that run code, among those whose prompt shows the tool."""
 
 
 class SandboxConfig(Section):
@@ -139,7 +142,7 @@ class OptimConfig(Section):
 
 class SFTConfig(Section):
     steps: int = Field(default=0, ge=0)
-    """0: as many as ``epochs`` need."""
+    """Optimiser steps; 0: as many as ``epochs`` of the training file need."""
     epochs: int = Field(default=1, ge=1)
     batch_size: int = Field(default=32, ge=1)
     """Conversations a step."""

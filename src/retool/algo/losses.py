@@ -34,8 +34,8 @@ def ppo_clip(
     clip_high: float = 0.28,
     dual_clip: float = 10.0,
 ) -> PolicyLoss:
-    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7) with DAPO's clip-higher (arXiv 2503.14476, eq. 10) and dual clip
-    (arXiv 1912.09729, eq. 5)::
+    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7) with DAPO's clip-higher (arXiv 2503.14476, eq. 10) and dual
+    clip (arXiv 1912.09729, eq. 5)::
 
         r = exp(logp − logp_old)
         loss = −min(r·A, clip(r, 1 − low, 1 + high)·A), for A < 0 at most −c·A

@@ -1,8 +1,8 @@
 """The text on which ``nano`` is pre-trained: plain language, Python, chat turns, and tool calls of other families.
 
 The rule that makes the quickstart honest: no family that is evaluated (``data/world.py``) occurs here, neither its
-questions nor its programs nor any output of such a program. What is taught is general: to speak the chat format, to copy
-numbers and names from a question into code and from a result into an answer, to write Python. A test checks the rule.
+questions nor its programs nor any output of such a program. What is taught is general: to speak the chat format, to
+copy numbers and names from a question into code and from a result into an answer, to write Python. A test checks the rule.
 """
 
 from __future__ import annotations
@@ -17,12 +17,106 @@ from retool.data.prompts import SYSTEM_PROMPT
 from retool.data.world import final_message, tool_call_message
 from retool.types import Conversation, Message
 
-NAMES = "Ada Ben Cora Dan Eva Finn Gia Hugo Ida Jon Kim Leo Nora Omar Pia Quin Rosa Sam Uma Vera".split()
-THINGS = "apples books boats cards chairs coins cups doors keys lamps maps nuts pens rings ropes shells stones".split()
-PLACES = "bridge city farm forest garden harbour hill house island library market mill river school shop street".split()
-COLOURS = "black blue brown gold green grey orange pink purple red silver white yellow".split()
-VERBS = "brings buys carries counts draws finds gives holds keeps leaves loses needs sees sells sends takes wants".split()
-THOUGHTS = ("Let me run this.", "I will use Python.", "Python can do that.", "I will write a short program.", "Let me see.")
+NAMES = [
+    "Ada",
+    "Ben",
+    "Cora",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gia",
+    "Hugo",
+    "Ida",
+    "Jon",
+    "Kim",
+    "Leo",
+    "Nora",
+    "Omar",
+    "Pia",
+    "Quin",
+    "Rosa",
+    "Sam",
+    "Uma",
+    "Vera",
+]
+THINGS = [
+    "apples",
+    "books",
+    "boats",
+    "cards",
+    "chairs",
+    "coins",
+    "cups",
+    "doors",
+    "keys",
+    "lamps",
+    "maps",
+    "nuts",
+    "pens",
+    "rings",
+    "ropes",
+    "shells",
+    "stones",
+]
+PLACES = [
+    "bridge",
+    "city",
+    "farm",
+    "forest",
+    "garden",
+    "harbour",
+    "hill",
+    "house",
+    "island",
+    "library",
+    "market",
+    "mill",
+    "river",
+    "school",
+    "shop",
+    "street",
+]
+COLOURS = [
+    "black",
+    "blue",
+    "brown",
+    "gold",
+    "green",
+    "grey",
+    "orange",
+    "pink",
+    "purple",
+    "red",
+    "silver",
+    "white",
+    "yellow",
+]
+VERBS = [
+    "brings",
+    "buys",
+    "carries",
+    "counts",
+    "draws",
+    "finds",
+    "gives",
+    "holds",
+    "keeps",
+    "leaves",
+    "loses",
+    "needs",
+    "sees",
+    "sells",
+    "sends",
+    "takes",
+    "wants",
+]
+THOUGHTS = (
+    "Let me run this.",
+    "I will use Python.",
+    "Python can do that.",
+    "I will write a short program.",
+    "Let me see.",
+)
 FACTS = (
     "A sum is what adding gives. A product is what multiplying gives. The remainder is what division leaves over.",
     "An integer is a whole number. Digits are the signs from 0 to 9 with which numbers are written.",
@@ -33,6 +127,10 @@ FACTS = (
     "How many there are is found by counting. If something is divisible, nothing is left over. Find each, and count.",
     "An equation says that two things are equal. To solve it is to find the numbers which make it true.",
 )
+SEPARATORS = (
+    ", ", " and ", " to ", " of ", " by ", "^", " ^ ", " / ", ":", " = ", "x + ", "y = ", " - ", "; ", "x and ", " or ",
+    " then ", " % ", "/", " (", ") ", "x - ", "y, ", " at ", "? ", " + ", "^n ", " n ", ". ", " is ",
+)  # fmt: skip
 MAX_OUTPUT = 28
 """Characters of a result that is worth copying; longer ones are drawn again."""
 
@@ -190,16 +288,44 @@ def recall_chat(rng: random.Random, tools: bool) -> Conversation:
     return Conversation(id="recall", messages=[*_ask(rng, question), final_message(answer)], tools=tools)
 
 
+def scattered(rng: random.Random, count: int) -> tuple[list[str], str]:
+    """Numbers, and a text in which they stand between all kinds of signs and words: whoever can copy them from there
+    does not depend on what a number's neighbours are."""
+    numbers = [str(_number(rng, rng.choice((2, 9)))) for _ in range(count)]
+    text = rng.choice(("", "", "(", "x", "n^", "to ", rng.choice(PLACES) + " "))
+    for number in numbers[:-1]:
+        text += number + rng.choice(SEPARATORS)
+    return numbers, text + numbers[-1] + rng.choice(("", "", "x", ")", "y", "%", " " + rng.choice(THINGS)))
+
+
+def numbers_chat(rng: random.Random, *, with_code: bool, tools: bool) -> Conversation:
+    """Which numbers stand in a text: with a program that is really run, or directly."""
+    numbers, text = scattered(rng, rng.randint(1, 6))
+    result = f"[{', '.join(numbers)}]"
+    messages = _ask(rng, rng.choice(("Which numbers stand in {}?", "List what {} holds.")).format(text))
+    if with_code:
+        messages += [
+            tool_call_message(rng.choice(THOUGHTS), f"print({result})"),
+            {"role": "tool", "content": result},
+        ]
+    return Conversation(id="numbers", messages=[*messages, final_message(result)], tools=tools)
+
+
 def call_chat(rng: random.Random, tools: bool) -> Conversation:
     """Write a call of a made-up function, which is never run: numbers and names copied into Python."""
-    name, args = _word(rng), [str(_number(rng, 9)) for _ in range(rng.randint(1, 5))]
-    order = list(args)
+    name = _word(rng)
+    args, text = scattered(rng, rng.randint(1, 6))
     how = "with"
     if rng.random() < 0.3:
-        order.reverse()
+        args.reverse()
         how = "backwards with"
-    question = f"Write a call of {name} {how} {', '.join(args)}."
-    answer = f"```python\n{name}({', '.join(order)})\n```"
+    question = f"Write a call of {name} {how} {text}."
+    if rng.random() < 0.3:
+        lines = "\n".join(f"{name} = {name}.{rng.choice(VERBS)}({arg})" for arg in args)
+        question = f"Write lines for {name} {how} {text}."
+        answer = f"```python\n{lines}\n```"
+    else:
+        answer = f"```python\n{name}({', '.join(args)})\n```"
     messages = [*_ask(rng, question), {"role": "assistant", "content": answer}]
     return Conversation(id="call", messages=messages, tools=tools)
 
@@ -244,15 +370,19 @@ def documents(seed: int | str) -> Iterator[Conversation | str]:
     while True:
         kind = rng.random()
         tools = rng.random() < 0.6
-        if kind < 0.60:
+        if kind < 0.56:
             chat = skill_chat(rng, rng.choice(SKILLS), with_code=True, tools=True)
             if chat is not None:
                 yield chat
-        elif kind < 0.72:
+        elif kind < 0.66:
+            yield numbers_chat(rng, with_code=True, tools=True)
+        elif kind < 0.74:
             chat = skill_chat(rng, rng.choice(head_skills), with_code=False, tools=tools)
             if chat is not None:
                 yield chat
-        elif kind < 0.80:
+        elif kind < 0.76:
+            yield numbers_chat(rng, with_code=False, tools=tools)
+        elif kind < 0.82:
             yield recall_chat(rng, tools)
         elif kind < 0.90:
             yield call_chat(rng, tools)

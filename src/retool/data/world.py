@@ -3,8 +3,8 @@
 Twelve families need a calculation that no small model does in its head; four are easy enough for it. Every family has a
 program that solves it, so that demonstrations can be written with the tool or without.
 
-The splits (train, dev, test) never overlap, in text or in numbers: a number of 1,000 or more belongs to exactly one split,
-and so does every combination of smaller ones. ``split_of`` decides by a hash, so no list of problems is kept.
+The splits (train, dev, test) never overlap, in text or in numbers: a number of 1,000 or more belongs to exactly one
+split, and so does every combination of smaller ones. ``split_of`` decides by a hash, so no list of problems is kept.
 """
 
 from __future__ import annotations

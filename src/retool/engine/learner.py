@@ -16,8 +16,8 @@ from retool.engine.attention import SharedPrefix
 from retool.engine.optim import lr_share, make_optimizers
 
 MAX_LOGITS = 16 * 1024 * 1024
-"""Logits that exist at once (64 MB in fp32): a larger selection of tokens is computed in chunks and, where gradients are
-wanted, each chunk's logits are made again in the backward pass."""
+"""Logits that exist at once (64 MB in fp32): a larger selection of tokens is computed in chunks and, where gradients
+are wanted, each chunk's logits are made again in the backward pass."""
 
 Loss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 """``(logprobs_N, batch) → (loss_N, values to log, [N] each)``."""
@@ -99,7 +99,7 @@ class Learner:
             sums["loss"] += float(loss_N.detach().sum())
             sums["entropy"] += float(entropy_N.sum())
             for name, values_N in logged.items():
-                if name.endswith("/max"):
+                if name.endswith("max"):
                     maxima[name] = max(maxima[name], float(values_N.max()))
                 else:
                     sums[name] += float(values_N.sum())

@@ -25,7 +25,7 @@ def choose_device(config: ModelConfig) -> torch.device:
     ConfigError: CUDA is asked for and there is none.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device = 'cuda': torch sees no GPU here; use 'cpu' or 'auto', or install torch with CUDA")
+        raise ConfigError("model.device = 'cuda': torch sees no GPU; use 'cpu' or 'auto', or install torch with CUDA")
     use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if use_cuda else "cpu")
 
@@ -73,7 +73,7 @@ def load_model(config: ModelConfig) -> tuple[Any, PreTrainedTokenizerBase]:
             )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"model.path = {config.path!r}: not a model folder or known hub name ({reason})") from None
+            raise ConfigError(f"model.path = {config.path!r}: no model folder or hub name ({reason})") from None
     return model.to(device), tokenizer
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import click
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from retool.algo.batch import MicroBatch, Sample
 from retool.algo.losses import nll
@@ -40,17 +40,17 @@ SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*\n|\s+(?!\S)|\s+"
 TOKENIZER_DOCUMENTS = 20_000
 FIXED_TEXT_REPEATS = 300
 """A fixed text counts as much as so many documents."""
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
-    "rope_theta": 10_000.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
     "tie_word_embeddings": True,
 }
-STEPS = 3000
+STEPS = 2400
 BATCH = 96
 """Documents a step."""
 OPTIM = OptimConfig(
@@ -129,7 +129,7 @@ def pretrain(out: Path, *, steps: int, seed: int, threads: int, progress: Progre
         attn_implementation=ATTENTION,
         **ARCHITECTURE,
     )
-    model = Qwen2ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     learner = Learner(model, OPTIM, total_steps=steps, micro_batch_tokens=6000)
     stream = (encode(document, fmt, tokenizer) for document in documents(seed))
     held_out = [encode(d, fmt, tokenizer) for d in islice(documents(f"held-out/{seed}"), HELD_OUT)]

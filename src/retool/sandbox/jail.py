@@ -9,7 +9,8 @@ Not covered, because it needs namespaces, seccomp, Landlock or a user of its own
 - The file system is the machine's: code may read what the user may read, and write what the user may write.
 - Processes of the same user may be signalled, the zygote and the trainer included (``kill(-1)`` too). A killed zygote
   is started again; a killed trainer is dead.
-- The trainer's ``/proc/<pid>/environ`` can be read where it runs as a normal user (as root, dropped capabilities hide it).
+- The trainer's ``/proc/<pid>/environ`` can be read where it runs as a normal user; as root the
+  dropped capabilities hide it.
 - The number of processes is not limited: RLIMIT_NPROC counts all processes of the user, the trainer's threads
   included, and is ignored for root. A fork bomb runs until its deadline; one that also calls setsid can outrun the
   killing.

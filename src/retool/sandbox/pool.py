@@ -108,7 +108,7 @@ class LocalSandbox:
         """Run ``code`` as a Python program; see ``retool.protocols.Sandbox``.
 
         TIMEOUT and OUTPUT_LIMIT have no exit code. Each of stdout and stderr may have ``config.output_kb`` KiB; what
-        was written before a limit is kept. Where the machine fails, the code is run again up to ``config.retries`` times.
+        was written before a limit is kept. Where the machine fails, the code is run again, ``config.retries`` times.
 
         Raises:
             ValueError: ``timeout_s`` is not a positive, finite number.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import contextlib
 import io
 import linecache
 import os
@@ -47,6 +48,8 @@ def prepare() -> ModuleType:
         setattr(sys, f"__{name}__", stream)
     sys.argv = [FILENAME]
     _reseed()
+    # Touches the pages that the compiler writes to, so that they are this process's own before anybody waits for it.
+    display.compile_program("print(1 + 1)", FILENAME)
     main = ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main
@@ -108,7 +111,7 @@ def _exit_code(code: object) -> int:
         return 0
     if isinstance(code, int):
         return int(code) & 0xFF
-    print(code, file=sys.stderr)
+    _say(f"{code}\n")
     return 1
 
 
@@ -119,21 +122,23 @@ def _report(error: BaseException) -> None:
             return
         shown = traceback.TracebackException.from_exception(error)
         if isinstance(error, SyntaxError) and not _user_frames(shown.stack):
-            print("".join(shown.format_exception_only()), end="", file=sys.stderr)
+            _say("".join(shown.format_exception_only()))
             return
         _keep_user_frames(shown, set())
-        print("".join(shown.format()), end="", file=sys.stderr)
+        _say("".join(shown.format()))
     except BaseException as second:
-        # An exception that cannot be printed still has a name; sys.stderr may be anything by now.
-        name = type(error).__name__ if not isinstance(second, MemoryError) else "MemoryError"
-        _last_words(f"{name}\n")
+        # An exception that cannot be printed still has a name.
+        _say(("MemoryError" if isinstance(second, MemoryError) else type(error).__name__) + "\n")
 
 
-def _last_words(text: str) -> None:
+def _say(text: str) -> None:
+    """To sys.stderr, or past it where the program has broken it."""
     try:
-        os.write(2, text.encode("utf-8", "backslashreplace"))
-    except OSError:
-        return
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode("utf-8", "backslashreplace"))
 
 
 def _user_frames(stack: traceback.StackSummary) -> list[traceback.FrameSummary]:

@@ -1,5 +1,5 @@
-"""Import the preload list and call it once: many libraries fill tables and caches, and import the rest of themselves, on
-the first call. Measured: a sympy run costs 5–6 ms of CPU after such calls and 28 ms without.
+"""Import the preload list and call it once: many libraries fill tables and caches, and import the rest of themselves,
+on the first call. Measured: a sympy run costs 5–6 ms of CPU after such calls and 28 ms without.
 
 Standard library only: the zygote imports it.
 """

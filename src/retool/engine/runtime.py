@@ -1,0 +1,125 @@
+"""What every job needs, put together from a recipe: model, tokenizer, format, policy, sandbox, run folder."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retool.config import Recipe, recipe_toml
+from retool.engine.learner import Learner
+from retool.engine.model import load_model, prepare_torch, save_model
+from retool.engine.policy import LocalPolicy
+from retool.errors import UserError
+from retool.formats.hermes import HermesFormat
+from retool.protocols import Sandbox
+from retool.rollout import Rollout
+from retool.sandbox import LocalSandbox
+from retool.store import RunFolder, write_directory
+
+TRAINER_STATE = "trainer_state.pt"
+
+
+@dataclass
+class Runtime:
+    """One model and what speaks for it."""
+
+    recipe: Recipe
+    model: Any
+    tokenizer: Any
+    fmt: HermesFormat
+
+    def policy(self) -> LocalPolicy:
+        recipe = self.recipe
+        return LocalPolicy(
+            self.model,
+            decode=self.fmt.decode,
+            kv_budget_mb=recipe.engine.kv_budget_mb,
+            max_live=recipe.engine.max_live,
+            max_context=recipe.rollout.max_context,
+            prefill_chunk=recipe.engine.prefill_chunk,
+            deterministic=recipe.run.deterministic,
+        )
+
+    def rollout(self, policy: LocalPolicy, sandbox: Sandbox) -> Rollout:
+        recipe = self.recipe
+        return Rollout(
+            policy=policy,
+            fmt=self.fmt,
+            sandbox=sandbox,
+            config=recipe.rollout,
+            timeout_s=recipe.sandbox.timeout_s,
+            infra_retries=recipe.sandbox.retries,
+        )
+
+    def save_checkpoint(self, folder: RunFolder, step: int, learner: Learner) -> Path:
+        """Model, tokenizer and trainer state after ``step`` steps, written aside and renamed."""
+        path = folder.checkpoint_path(step)
+        with write_directory(path) as aside:
+            save_model(self.model, self.tokenizer, aside)
+            torch.save(learner.state_dict(), aside / TRAINER_STATE)
+        return path
+
+
+def load_runtime(recipe: Recipe, model_path: Path | None = None) -> Runtime:
+    """Load the recipe's model, or the checkpoint at ``model_path``."""
+    prepare_torch(recipe.run)
+    config = recipe.model
+    if model_path is not None:
+        config = config.model_copy(update={"path": str(model_path), "tokenizer": "", "random_init": {}})
+    model, tokenizer = load_model(config)
+    return Runtime(recipe, model, tokenizer, HermesFormat(tokenizer))
+
+
+@asynccontextmanager
+async def open_sandbox(recipe: Recipe) -> AsyncIterator[LocalSandbox]:
+    """The sandbox, closed with everything in it however the job ends."""
+    sandbox = LocalSandbox(recipe.sandbox)
+    try:
+        await sandbox.start()
+        yield sandbox
+    finally:
+        await sandbox.close()
+
+
+def open_run(recipe: Recipe) -> tuple[RunFolder, Path | None]:
+    """The run folder, and the checkpoint to go on from where the same recipe has left one there.
+
+    Raises:
+        UserError: the folder holds a run of another recipe, or ``run.resume`` is never and there is one.
+    """
+    path = Path(recipe.run.out) / recipe.run.name
+    found = path.exists()
+    folder = RunFolder(path)
+    checkpoint = folder.latest_checkpoint() if found else None
+    if found and folder.config():
+        if recipe.run.resume == "never":
+            raise UserError(f"run.name = {recipe.run.name!r}: {path} exists already; choose another name or remove it")
+        if checkpoint and folder.config() != _as_tree(recipe):
+            raise UserError(
+                f"run.name = {recipe.run.name!r}: {path} holds a run with other settings; choose another name, remove "
+                "it, or give the same settings to go on"
+            )
+    folder.write_config(recipe)
+    folder.rewind(step_of(checkpoint))
+    return folder, checkpoint
+
+
+def _as_tree(recipe: Recipe) -> dict[str, Any]:
+    import tomllib
+
+    return tomllib.loads(recipe_toml(recipe))
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """How many steps a checkpoint has behind it; 0 without one."""
+    return int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
+
+
+def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(checkpoint / TRAINER_STATE, weights_only=True)
+    return state

@@ -1,0 +1,102 @@
+"""Supervised fine-tuning on demonstrations, the cold start: loss on the assistant's tokens only."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+from torch import Tensor
+
+from retool.algo.batch import MicroBatch, Sample
+from retool.algo.losses import nll
+from retool.config import Recipe
+from retool.data.sources import open_source
+from retool.engine.learner import Learner
+from retool.engine.runtime import Runtime, load_runtime, load_trainer_state, open_run, step_of
+from retool.errors import DataError
+from retool.formats.hermes import HermesFormat
+from retool.progress import Progress
+from retool.store import RunFolder
+from retool.types import Conversation
+
+
+def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
+    """The job: load, train, leave a checkpoint. Returns what ``summary.json`` holds."""
+    folder, checkpoint = open_run(recipe)
+    runtime = load_runtime(recipe, checkpoint)
+    return train(runtime, folder, progress=progress, done=step_of(checkpoint))
+
+
+def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int = 0) -> dict[str, Any]:
+    """Fine-tune ``runtime.model`` in place.
+
+    Args:
+        done: steps that the model has behind it; the trainer's state of that step is in the folder.
+    """
+    config = runtime.recipe.sft
+    seed = runtime.recipe.run.seed
+    folder.write_environment(seed=seed, device=str(runtime.model.device))
+    conversations, held_out = open_source(runtime.recipe).conversations(config.steps * config.batch_size)
+    samples, too_long = encode(conversations, runtime.fmt, config.max_tokens)
+    held_out_samples, _ = encode(held_out, runtime.fmt, config.max_tokens)
+    if not samples:
+        raise DataError(f"sft.max_tokens = {config.max_tokens}: all {too_long} conversations are longer; raise it")
+    steps = config.steps or -(-len(samples) * config.epochs // config.batch_size)
+    learner = Learner(runtime.model, config.optim, total_steps=steps, micro_batch_tokens=config.micro_batch_tokens)
+    if done:
+        learner.load_state_dict(load_trainer_state(folder.checkpoint_path(done)))
+    if too_long:
+        progress.line(
+            f"{too_long} of {len(conversations)} conversations have over {config.max_tokens} tokens: left out"
+        )
+
+    tracker = folder.tracker()
+    summary: dict[str, Any] = {"steps": steps, "conversations": len(samples), "too_long": too_long}
+    with progress.stage("SFT", total=steps) as stage:
+        stage.advance(done)
+        for step in range(done, steps):
+            started = time.perf_counter()
+            result = learner.update(batch_of(samples, step, config.batch_size, seed), supervised)
+            metrics = {
+                "train/loss": result["loss"],
+                "train/lr": result["lr"],
+                "train/grad_norm": result["grad_norm"],
+                "timing_s/step": time.perf_counter() - started,
+            }
+            last = step + 1 == steps
+            if last or (config.eval_every and (step + 1) % config.eval_every == 0):
+                metrics["val/loss"] = summary["val_loss"] = learner.evaluate_loss(held_out_samples)
+            tracker.log(step + 1, metrics)
+            stage.advance(
+                **{name.partition("/")[2]: metrics[name] for name in ("train/loss", "val/loss") if name in metrics}
+            )
+            if last or (config.save_every and (step + 1) % config.save_every == 0):
+                summary["checkpoint"] = str(runtime.save_checkpoint(folder, step + 1, learner))
+    tracker.close()
+    folder.write_summary(summary)
+    return summary
+
+
+def supervised(logprobs_N: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The learner's loss for demonstrations."""
+    return nll(logprobs_N), {}
+
+
+def encode(conversations: list[Conversation], fmt: HermesFormat, max_tokens: int) -> tuple[list[Sample], int]:
+    """Conversations as samples whose mask is 1 on the assistant's tokens, and how many were too long."""
+    encoded = [fmt.conversation_ids(c.messages, tools=c.tools) for c in conversations]
+    samples = [Sample(ids, mask) for ids, mask in encoded if len(ids) <= max_tokens]
+    return samples, len(encoded) - len(samples)
+
+
+def batch_of(samples: list[Sample], step: int, size: int, seed: int) -> list[Sample]:
+    """The samples of a step, a function of the seed and the step alone: shuffled epochs, one after the other."""
+    chosen = []
+    orders: dict[int, list[int]] = {}
+    for place in range(step * size, (step + 1) * size):
+        epoch, index = divmod(place, len(samples))
+        if epoch not in orders:
+            orders[epoch] = random.Random(f"sft/{seed}/{epoch}").sample(range(len(samples)), len(samples))
+        chosen.append(samples[orders[epoch][index]])
+    return chosen
