@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ class Page(HTMLParser):
 
     @property
     def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
+        return re.sub("[ \n]+", " ", " ".join(self.text))
 
 
 def _whole(html: str) -> Page:
@@ -163,7 +165,7 @@ def test_a_run_of_reinforcement_learning_by_itself(tmp_path: Path) -> None:
     page = _page(write_rl_run(tmp_path / "single", 6, 0.9, 0.9).path)
     assert "Over 6 steps, accuracy on the training batch went from" in page.words
     assert "Step 1" in page.words and "Step 6" in page.words and "True answer" in page.words
-    assert "By family" not in page.words
+    assert "By family" not in page.words and "Diamonds" not in page.words and "before and after" not in page.words
 
 
 def test_an_evaluation_by_itself(tmp_path: Path) -> None:
@@ -252,3 +254,8 @@ def test_a_long_run_is_thinned_and_keeps_its_last_step() -> None:
 )
 def test_durations_read_like_speech(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_matplotlib_is_loaded_only_to_draw() -> None:
+    program = "import sys, retool.report; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -32,6 +32,8 @@ DASHES = ("-", (0, (5, 2)), ":")
 """Lines differ in more than their colour."""
 VALIDATION = re.compile(r"val-core/(.+)/acc/mean@\d+")
 FONT_SIZE = 8.0
+NARROW_SPACE = "\u202f"
+"""Keeps a number and its % on one line."""
 SVG_SALT = "retool"
 """Fixes the ids inside an SVG: the same numbers make the same file."""
 
@@ -130,7 +132,7 @@ def _percent(axes: Axes, top: float = 1.0) -> None:
 def shown(value: float, percent: bool = False) -> str:
     """A number as a person would write it."""
     if percent:
-        return f"{100 * value:.0f} %"
+        return f"{100 * value:.0f}{NARROW_SPACE}%"
     return f"{value:.1e}" if value and abs(value) < 0.01 else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
@@ -216,6 +218,15 @@ def _mark_stage(axes: Axes, report: Report, key: str, step: float, colour: str) 
     axes.plot([step], [accuracy], "D", color=colour, markersize=6.5, clip_on=False, zorder=5)
 
 
+def _accuracy_caption(report: Report) -> str:
+    parts = ["Line: each step's training batch, with its 95 % interval."]
+    if any(VALIDATION.fullmatch(name) for curve in report.curves for name in curve.names()):
+        parts.append("Rings: evaluations during training.")
+    if any(stage.number("accuracy") is not None for stage in report.stages):
+        parts.append("Diamonds with a bar: the evaluations above with their 95 % intervals, the cold start at step 0.")
+    return " ".join(parts)
+
+
 def draw_accuracy(report: Report) -> Figure | None:
     """Accuracy over the steps with intervals, evaluations during training as rings and the final ones as diamonds."""
     if not any(curve.points("acc/mean")[0] for curve in report.curves):
@@ -223,7 +234,7 @@ def draw_accuracy(report: Report) -> Figure | None:
     return Figure(
         title="Accuracy",
         svg=_draw_accuracy(report, 9.4, 3.5, "accuracy"),
-        caption=definition("acc/mean") or "",
+        caption=_accuracy_caption(report),
         alt=_described("Accuracy on each step's training batch", "acc/mean", report.curves, percent=True),
         narrow=_draw_accuracy(report, 4.3, 3.3, "accuracy-narrow"),
     )

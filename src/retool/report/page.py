@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retool.metrics import definition
-from retool.report.figures import Figure, draw_accuracy, draw_panels, shown
+from retool.report.figures import NARROW_SPACE, Figure, draw_accuracy, draw_panels, shown
 from retool.report.load import Curve, Report, Stage, load, number
 from retool.report.transcripts import choose_problems
 from retool.store import write_file
@@ -34,7 +34,7 @@ def percent(value: float | None) -> str:
 
 def precise(value: float | None) -> str:
     """A share with a decimal, for the table that is quoted."""
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return "–" if value is None else f"{100 * value:.1f}{NARROW_SPACE}%"
 
 
 def duration(seconds: float) -> str:

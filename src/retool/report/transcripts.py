@@ -142,6 +142,7 @@ class Problem:
 class Choice:
     """The problems shown, and how they were found."""
 
+    title: str
     problems: list[Problem]
     how: str
 
@@ -199,7 +200,7 @@ def choose(stages: Sequence[Stage], before: Stage, after: Stage) -> Choice:
         f"Picked by rule, not by hand: for each kind the first problems in the file, of different families where "
         f"possible. Before is {before.title}, after is {after.title}; the counts say how common a kind is."
     )
-    return Choice(problems, how)
+    return Choice("The same problems, before and after", problems, how)
 
 
 def choose_apart(stages: Sequence[Stage], each: int = 2) -> Choice:
@@ -213,7 +214,11 @@ def choose_apart(stages: Sequence[Stage], each: int = 2) -> Choice:
             count = len(right if is_right(trajectory) else wrong)
             why = f"{stage.title}, {kind}: {count} of {len(tried)} problems"
             problems.append(Problem(trajectory.task, why, [Attempt(stage.title, trajectory)]))
-    return Choice(problems, "The first right and the first wrong attempt of each: the stages share no problem.")
+    return Choice(
+        "Whole trajectories",
+        problems,
+        "The first right and the first wrong attempt of each; no problem was tried by two.",
+    )
 
 
 def choose_problems(stages: Sequence[Stage]) -> Choice | None:
