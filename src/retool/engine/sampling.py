@@ -57,7 +57,7 @@ def _filter(scaled_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
 
 def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Inverse CDF: the first token whose cumulative probability exceeds ``uniform · total``. A token of probability 0
-    is never drawn, also for a uniform just under 1. Needs not sum to 1; at least one entry of a row ≥ 2^-44.
+    is never drawn, also for a uniform just under 1. A row sums to at most 2^9 and has an entry ≥ 2^-44.
 
     Looks for the block of the vocabulary first, then inside it: the cumulative sum is short."""
     rows, vocab = probs_BV.shape
