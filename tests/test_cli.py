@@ -170,16 +170,25 @@ def test_the_traceback_can_be_asked_for() -> None:
 
 BUSY = {
     "asyncio": "asyncio.run(sleep_in_a_loop())",
+    "a busy task": "asyncio.run(wait_for(work()))",
     "threads": "started(); time.sleep(60)",
 }
 JOB = """
-import asyncio, signal, sys, time
+import asyncio, gc, signal, sys, time
 from retool.cli import main
 if {ignored}: signal.signal(signal.SIGINT, signal.SIG_IGN)
 def started(): print("started", flush=True)
 async def sleep_in_a_loop():
     started()
     await asyncio.sleep(60)
+async def work():
+    started()
+    while True:
+        time.sleep(0.001)
+        await asyncio.sleep(0)
+async def wait_for(work):
+    task = asyncio.create_task(work)
+    await asyncio.get_running_loop().create_future()
 def load(name):
     def run(recipe, *, progress):
         try:
@@ -187,7 +196,9 @@ def load(name):
         finally:
             print("cleaned up", flush=True)
     return run
-sys.exit(main(["rl", sys.argv[1]], load=load))
+code = main(["rl", sys.argv[1]], load=load)
+gc.collect()  # what asyncio has to say of a lost task, it says when the task goes
+sys.exit(code)
 """
 
 
@@ -215,6 +226,21 @@ def test_a_signal_ends_a_job_cleanly(
     finally:
         process.kill()
     assert (process.returncode, out, err) == (code, "cleaned up\n", says)
+
+
+def test_an_ignored_ctrl_c_stays_ignored(recipe_file: str) -> None:
+    program = JOB.format(busy="started(); time.sleep(1)", ignored=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, recipe_file], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err) == (0, "cleaned up\n", "")
 
 
 def test_sigterm_is_left_as_it_was(recipe_file: str) -> None:

@@ -317,8 +317,8 @@ def _sigterm_is_ctrl_c() -> Iterator[list[int]]:
     interrupt = signal.getsignal(signal.SIGINT)
     ignored = interrupt is signal.SIG_IGN
     if ignored:
-        # A script's shell starts background jobs so. asyncio takes Ctrl-C into its hands only where Python's own handler
-        # stands; blocked, the signal still does nothing.
+        # A script's shell starts background jobs so. asyncio takes Ctrl-C into its hands only where Python's own
+        # handler stands; blocked, the signal still does nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, signal.default_int_handler)
     terminate = signal.signal(signal.SIGTERM, pass_on)
