@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 _SENTINEL = "ReTool7f3aSentinel{}End"
 _SENTINEL_PATTERN = re.compile(_SENTINEL.format(r"(\d+)"))
 CUT_MARKER = "\n[...]\n"
-# A cut can need a few more tokens than its parts had; each try gives up this many.
-_CUT_STEP = 1
 
 
 def _sentinel(index: int) -> str:
@@ -145,18 +143,16 @@ class HermesFormat:
         encoding = self._encoder.plain(text)
         if len(encoding.ids) <= max_tokens:
             return text
-        marker = CUT_MARKER
-        keep = max_tokens - len(self._encoder.plain(marker).ids)
-        if keep < 2:
-            marker, keep = "", max_tokens
-        while keep > 0:
-            head, tail = (keep - keep // 2, keep // 2) if marker else (keep, 0)
-            # Offsets count characters of ``text``: a cut inside a character's bytes keeps the character whole.
-            cut = text[: encoding.offsets[head - 1][1]] + marker
-            cut += text[encoding.offsets[-tail][0] :] if tail else ""
-            if len(self._encoder.plain(cut).ids) <= max_tokens:
-                return cut
-            keep -= _CUT_STEP
+        room = max_tokens - len(self._encoder.plain(CUT_MARKER).ids)
+        # Parts that were cut apart may need a few more tokens than they had together: less is kept until they fit.
+        for marker, keeps in ((CUT_MARKER, range(room, 1, -1)), ("", range(max_tokens, 0, -1))):
+            for keep in keeps:
+                head, tail = (keep - keep // 2, keep // 2) if marker else (keep, 0)
+                # Offsets count characters of ``text``: a cut inside a character's bytes keeps the character whole.
+                cut = text[: encoding.offsets[head - 1][1]] + marker
+                cut += text[encoding.offsets[-tail][0] :] if tail else ""
+                if len(self._encoder.plain(cut).ids) <= max_tokens:
+                    return cut
         return ""
 
     def _render(self, messages: list[Message], *, tools: bool = True, opening: bool = False) -> str:
