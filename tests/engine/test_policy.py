@@ -269,7 +269,7 @@ def test_slots_follow_from_the_budget_and_waiting_requests_are_served(qwen2: Pai
 
         await asyncio.gather(*(one(i) for i in range(12)))
         assert 3 < policy.stats.peak_live <= 5  # the shared half makes room: (3·2 − 1) halves
-        assert policy._kv.store.nbytes + policy._kv.prefix.nbytes <= 1 << 20
+        assert policy._batch.kv.store.nbytes + policy._batch.kv.prefix.nbytes <= 1 << 20
         # A stranger does not fit the shortened slots while another session lives: it waits until that one goes.
         await policy.generate([*system, 1], SamplingParams(max_tokens=2), session="a")
         stranger = asyncio.create_task(policy.generate([9, 9], SamplingParams(max_tokens=2), session="b"))
