@@ -345,6 +345,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "actor/lr": "Learning rate of the step.",
         "<actor|train>/tokens": "Learnt tokens of the step.",
         "<actor|train>/skipped": "1 where the gradient was not finite and the step changed no weight, else 0.",
+        "actor/updates": "Optimiser steps that the step made; 0 where every group was dropped.",
         "critic/advantages/<mean|max|min>": "Advantage of a sampled token.",
         "training/rollout_logprob_gap_mean": "Mean |learner − sampler| log-probability over sampled tokens.",
         "training/rollout_logprob_gap_max": "Largest |learner − sampler| log-probability of a sampled token.",
@@ -352,6 +353,10 @@ SECTIONS: dict[str, dict[str, str]] = {
         "train/lr": "Learning rate of the supervised step.",
         "train/grad_norm": "L2 norm of the supervised gradient before clipping.",
         "val/loss": "train/loss on held-out conversations.",
+        "actor/skipped": "Updates that changed nothing because their gradient was not finite.",
+        "tokens/learnt": "Sampled tokens that the step learnt from: the loss's denominator.",
+        "perf/rollout_tokens_per_s": "tokens/sampled by timing_s/rollout.",
+        "perf/throughput": "Prompt and response tokens of the step by timing_s/step (as in verl, on one device).",
         "timing_s/<part>": "Seconds of wall time that this part of the step took; timing_s/step is the whole.",
     },
     "Evaluation (summary.json)": {

@@ -61,6 +61,9 @@ async def train(
     )  # fmt: skip
     if done:
         learner.load_state_dict(load_trainer_state(folder.checkpoint_path(done)))
+    if done >= config.steps:
+        progress.line(f"{label}: all {config.steps} steps are done already, in {folder.path}")
+        return folder.summary()
     tracker = folder.tracker()
     summary: dict[str, Any] = {"steps": config.steps}
 

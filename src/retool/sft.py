@@ -46,6 +46,9 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
     learner = Learner(runtime.model, config.optim, total_steps=steps, micro_batch_tokens=config.micro_batch_tokens)
     if done:
         learner.load_state_dict(load_trainer_state(folder.checkpoint_path(done)))
+    if done >= steps:
+        progress.line(f"SFT: all {steps} steps are done already, in {folder.path}")
+        return folder.summary()
     if too_long:
         progress.line(
             f"{too_long} of {len(conversations)} conversations have over {config.max_tokens} tokens: left out"

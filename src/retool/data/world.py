@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from retool.data.prompts import SYSTEM_PROMPT
 from retool.errors import ConfigError
@@ -204,8 +205,11 @@ HARD_FAMILIES = (
 EASY_FAMILIES = (
     Family(
         "small_add",
-        lambda r: (r.randint(0, 19), r.randint(0, 9)),
-        ("Tom has {0} balls and gets {1} more. How many has he now?",),
+        lambda r: (r.randint(0, 29), r.randint(0, 9)),
+        (
+            "Tom has {0} balls and gets {1} more. How many has he now?",
+            "{0} birds sit there and {1} come. How many now?",
+        ),
         "print({0} + {1})",
         lambda a, b: a + b,
         easy=True,
@@ -276,19 +280,16 @@ def make_tasks(split: str, count: int, seed: int | str) -> list[Task]:
     if split not in SPLITS:
         raise ConfigError(f"split = {split!r}: choose one of {', '.join(SPLITS)}")
     rng = random.Random(f"world/{split}/{seed}")
-    order = _family_order(rng)
     seen: set[str] = set()
     tasks: list[Task] = []
-    misses = 0
-    while len(tasks) < count:
-        family = next(order)
-        numbers = _draw(family, split, rng)
-        question = rng.choice(family.questions).format(*numbers)
-        if question in seen and split != "train":
-            misses += 1
-            if misses > PATIENCE:
-                raise ConfigError(f"only {len(tasks)} different tasks found in split {split!r}, asked for {count}")
-            continue
+    for family in islice(_family_order(rng), count):
+        for _ in range(PATIENCE):
+            numbers = _draw(family, split, rng)
+            question = rng.choice(family.questions).format(*numbers)
+            if split == "train" or question not in seen:
+                break
+        else:
+            raise ConfigError(f"family {family.name!r} has too few different tasks in split {split!r} for {count}")
         seen.add(question)
         tasks.append(
             Task(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen2Config
+from transformers.utils import logging as transformers_logging
 
 from retool.config import ModelConfig, RunConfig
 from retool.engine.attention import NAME as ATTENTION
@@ -53,6 +54,7 @@ def load_model(config: ModelConfig) -> tuple[Any, PreTrainedTokenizerBase]:
     Raises:
         ConfigError: the model or tokenizer cannot be loaded; one line that names the field.
     """
+    transformers_logging.disable_progress_bar()  # ours is the only bar
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     tokenizer = load_tokenizer(resolve_path(config.tokenizer or config.path))

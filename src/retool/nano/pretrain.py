@@ -50,7 +50,7 @@ ARCHITECTURE: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
     "tie_word_embeddings": True,
 }
-STEPS = 2400
+STEPS = 1500
 BATCH = 96
 """Documents a step."""
 OPTIM = OptimConfig(
