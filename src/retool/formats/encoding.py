@@ -8,7 +8,6 @@ the whole rendering at once.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -67,11 +66,13 @@ class Encoder:
         self.tokenizer = tokenizer
         self.added = tokenizer.added_tokens_decoder
         self.all_tokens = TokenMatcher(tokenizer, self.added)
-        description = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Without its added tokens the same model cannot produce a control token from text; nor may a post-processor,
-        # a truncation or a padding of the original add or drop tokens here.
-        description |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        self._plain = Tokenizer.from_str(json.dumps(description))
+        # The same model without its added tokens cannot produce a control token from text.
+        backend = tokenizer.backend_tokenizer
+        self._plain = Tokenizer(backend.model)
+        if backend.normalizer is not None:
+            self._plain.normalizer = backend.normalizer
+        if backend.pre_tokenizer is not None:
+            self._plain.pre_tokenizer = backend.pre_tokenizer
         for token_id, token in self.added.items():
             if token.special and token_id in self.plain(token.content).ids:
                 raise ConfigError(
