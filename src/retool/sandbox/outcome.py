@@ -27,8 +27,8 @@ _MEMORY_SHARE = 0.9
 """A process that a signal ended with this share of its memory in use is taken to have died of it."""
 _MEMORY_SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
 """The kernel's own killer; failed allocations that C code did not look at; C++'s uncaught bad_alloc; a full tmpfs."""
-_MEMORY_ERROR = re.compile(r"(\w+\.)*(_Array)?MemoryError(:.*)?")
-"""The last line of a traceback; numpy's is ``numpy._core._exceptions._ArrayMemoryError``."""
+_MEMORY_ERROR = re.compile(r"(\w+\.)*(_Array)?MemoryError(:.*)?|OSError: \[Errno 12\].*")
+"""The last line of a traceback; numpy's is ``numpy._core._exceptions._ArrayMemoryError``; 12 is ENOMEM, from mmap."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+import os
+from pathlib import Path
+
+from retool.sandbox.folders import is_small, wipe
+
+
+def test_wipes_deep_and_wide_trees(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        for _ in range(3000):  # deeper than Python's stack, the descriptors and PATH_MAX
+            os.mkdir("d" * 20)
+            os.chdir("d" * 20)
+            Path("file").write_text("x")
+    finally:
+        os.chdir(here)
+    for index in range(200):
+        (folder / f"file{index}").write_text("x")
+    os.mkfifo(folder / "fifo")
+    assert wipe(str(folder))
+    assert not folder.exists()
+
+
+def test_follows_no_link_and_mends_permissions(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("x")
+    folder = tmp_path / "run"
+    (folder / "locked" / "inner").mkdir(parents=True)
+    (folder / "link").symlink_to(outside)
+    (folder / "locked" / "link").symlink_to(outside / "kept")
+    (folder / "locked").chmod(0)
+    folder.chmod(0)
+    assert wipe(str(folder))
+    assert not folder.exists()
+    assert (outside / "kept").read_text() == "x"
+
+
+def test_missing_folder_is_gone_already(tmp_path: Path) -> None:
+    assert wipe(str(tmp_path / "none"))
+
+
+def test_is_small(tmp_path: Path) -> None:
+    assert is_small(str(tmp_path))
+    (tmp_path / "a").write_text("x")
+    assert is_small(str(tmp_path), limit=1)
+    (tmp_path / "b").write_text("x")
+    assert not is_small(str(tmp_path), limit=1)
+    (tmp_path / "b").unlink()
+    (tmp_path / "c").mkdir()
+    assert not is_small(str(tmp_path))
