@@ -38,9 +38,8 @@ _SHORT_WORD = 3  # up to here letters without \text may be a product of variable
 def clean(answer: str) -> str:
     """``answer`` without what does not change its value: white space around it, dollar signs, degree and percent
     signs, LaTeX's spaces and sizes, a full stop."""
-    text = (
-        answer.strip().replace("−", "-").replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    )
+    text = re.sub(r"\\[dt]frac", r"\\frac", answer.replace("−", "-"))
+    text = re.sub(r"\{,\}|,\\!\s*", ",", text)
     text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", _DROPPED.sub("", text))
     return text.strip().removesuffix(".").strip()
 
