@@ -247,3 +247,10 @@ def test_sft_learns_and_resumes_bit_by_bit(tmp_path: Path) -> None:
     again = sft.run(recipe, progress=QUIET)
     assert torch.equal(weights(Path(again["checkpoint"])), weights(Path(whole["checkpoint"])))
     assert [line["step"] for line in folder.metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_job_does_not_take_up_another_jobs_run(whole_run: tuple[Path, dict[str, Any]]) -> None:
+    """SFT and RL of one recipe have the same folder by default: RL must not take SFT's steps for its own."""
+    out, _ = whole_run
+    with pytest.raises(UserError, match="holds a run of rl"):
+        sft.run(small_recipe(out, "whole"), progress=QUIET)

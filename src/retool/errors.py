@@ -1,13 +1,13 @@
 """The tree of exceptions.
 
-    ReToolError
-    ├── UserError            the user can mend it: one line, no traceback, exit code 2
-    │   ├── ConfigError      a recipe or an override is wrong (field, value, mend)
-    │   ├── DataError        a data file is missing, unreadable or malformed
-    │   └── SandboxRefused   this machine cannot give the isolation that was asked for
-    ├── InfraError           the machine failed, not the model and not the user: retried, then counted
-    │   └── SandboxBroken    the sandbox could not run anything at all
-    └── InvariantError       a promise of the program is broken: a bug, shown with its traceback
+ReToolError
+├── UserError            the user can mend it: one line, no traceback, exit code 2
+│   ├── ConfigError      a recipe or an override is wrong (field, value, mend)
+│   ├── DataError        a data file is missing, unreadable or malformed
+│   └── SandboxRefused   this machine cannot give the isolation that was asked for
+├── InfraError           the machine failed, not the model and not the user: retried, then counted
+│   └── SandboxBroken    the sandbox could not run anything at all
+└── InvariantError       a promise of the program is broken: a bug, shown with its traceback
 """
 
 

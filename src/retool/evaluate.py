@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from retool.config import Recipe
 from retool.data.sources import open_source
-from retool.engine.runtime import Runtime, load_runtime, open_sandbox
+from retool.engine.runtime import Runtime, load_runtime, open_run, open_sandbox
 from retool.grading.grader import BoxedGrader, grade_groups
 from retool.grading.rewards import REWARDS
 from retool.metrics import evaluation_summary
 from retool.progress import Progress
 from retool.protocols import Sandbox
 from retool.rollout import run_groups
-from retool.store import RunFolder
 from retool.types import Task, TrajectoryGroup
 
 EVAL_STEP = -1
@@ -25,10 +23,9 @@ EVAL_STEP = -1
 
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: evaluate the recipe's model on its split. Returns what ``summary.json`` holds."""
-    folder = RunFolder(Path(recipe.run.out) / recipe.run.name)
-    folder.write_config(recipe)
+    folder, _ = open_run(recipe, "eval")
     runtime = load_runtime(recipe)
-    folder.write_environment(seed=recipe.run.seed, device=str(runtime.model.device))
+    folder.write_environment(job="eval", seed=recipe.run.seed, device=str(runtime.model.device))
     tasks = open_source(recipe).eval_tasks(recipe.data.test_split, recipe.data.test_size)
 
     async def job() -> list[TrajectoryGroup]:

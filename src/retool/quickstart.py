@@ -13,6 +13,7 @@ from retool import evaluate, rl, sft
 from retool.config import Recipe
 from retool.data.sources import open_source
 from retool.engine.runtime import Runtime, load_runtime, open_sandbox
+from retool.errors import UserError
 from retool.progress import Progress
 from retool.report import write_report
 from retool.sandbox import LocalSandbox
@@ -29,7 +30,9 @@ def run(recipe: Recipe, *, from_scratch: bool, with_control: bool, progress: Pro
     """
     path = Path(recipe.run.out) / recipe.run.name
     if path.exists():
-        RunFolder.open(path)  # refuses a folder that is no run of ours
+        job = RunFolder.open(path).environment().get("job", "quickstart")
+        if job != "quickstart":
+            raise UserError(f"run.name = {recipe.run.name!r}: {path} holds a run of {job}; choose another name")
         shutil.rmtree(path)
     return asyncio.run(Quickstart(recipe, progress).run(from_scratch=from_scratch, with_control=with_control))
 
@@ -48,7 +51,7 @@ class Quickstart:
         base = self.pretrain() if from_scratch else None
         runtime = load_runtime(self.recipe, base)
         self.folder.write_config(self.recipe)
-        self.folder.write_environment(seed=self.recipe.run.seed, device=str(runtime.model.device))
+        self.folder.write_environment(job="quickstart", seed=self.recipe.run.seed, device=str(runtime.model.device))
         async with open_sandbox(self.recipe) as sandbox:
             await self.evaluate("base", runtime, sandbox)
             checkpoint = Path(sft.train(runtime, self.part("sft"), progress=self.progress)["checkpoint"])

@@ -4,6 +4,7 @@ sample tasks → roll out groups → grade → advantages → update → log."""
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from retool.types import TrajectoryGroup
 
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: load, train, leave checkpoints. Returns what ``summary.json`` holds."""
-    folder, checkpoint = open_run(recipe)
+    folder, checkpoint = open_run(recipe, "rl")
     runtime = load_runtime(recipe, checkpoint)
 
     async def job() -> dict[str, Any]:
@@ -51,7 +52,7 @@ async def train(
         done: steps that the model has behind it; the trainer's state of that step is in the folder.
     """
     recipe, config, seed = runtime.recipe, runtime.recipe.rl, runtime.recipe.run.seed
-    folder.write_environment(seed=seed, device=str(runtime.model.device))
+    folder.write_environment(job="rl", seed=seed, device=str(runtime.model.device))
     source = open_source(recipe)
     policy = runtime.policy()
     rollout = runtime.rollout(policy, sandbox)
@@ -90,13 +91,24 @@ async def train(
                     summary["checkpoint"] = str(runtime.save_checkpoint(folder, step + 1, learner))
             metrics |= clock.seconds() | throughput(groups, clock)
             tracker.log(step + 1, metrics)
-            stage.advance(
-                accuracy=metrics.get("acc/mean", 0.0), calls=metrics.get("tool/call_rate", 0.0),
-                entropy=metrics["actor/entropy"], gap=metrics["training/rollout_logprob_gap_max"],
-            )  # fmt: skip
+            stage.advance(**figures(metrics))
     tracker.close()
     folder.write_summary(summary)
     return summary
+
+
+def figures(metrics: dict[str, float]) -> dict[str, float]:
+    """What the terminal shows of a step; what there is no number for is left out."""
+    shown = {
+        "accuracy": "acc/mean",
+        "calls": "tool/call_rate",
+        "turns": "num_turns/mean",
+        "entropy": "actor/entropy",
+        "gap": "training/rollout_logprob_gap_max",
+        "infra": "infra/trajectories",
+    }
+    found = {label: metrics.get(name, float("nan")) for label, name in shown.items()}
+    return {label: value for label, value in found.items() if math.isfinite(value)}
 
 
 def updates_per_step(config: RLConfig) -> int:
@@ -155,7 +167,7 @@ def actor_metrics(parts: list[dict[str, float]]) -> dict[str, float]:
     """The updates of a step as one set of metrics; where every group was dropped, only that no update was made."""
     metrics = {"actor/updates": float(len(parts)), "actor/skipped": sum(p["skipped"] for p in parts)}
     if not parts:
-        return metrics | {"actor/entropy": float("nan"), "training/rollout_logprob_gap_max": float("nan")}
+        return metrics
     names = {"loss": "actor/pg_loss", "entropy": "actor/entropy", "grad_norm": "actor/grad_norm", "lr": "actor/lr"}
     for name in parts[0]:
         if name.startswith("training/"):

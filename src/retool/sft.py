@@ -23,7 +23,7 @@ from retool.types import Conversation
 
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: load, train, leave a checkpoint. Returns what ``summary.json`` holds."""
-    folder, checkpoint = open_run(recipe)
+    folder, checkpoint = open_run(recipe, "sft")
     runtime = load_runtime(recipe, checkpoint)
     return train(runtime, folder, progress=progress, done=step_of(checkpoint))
 
@@ -36,7 +36,7 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
     """
     config = runtime.recipe.sft
     seed = runtime.recipe.run.seed
-    folder.write_environment(seed=seed, device=str(runtime.model.device))
+    folder.write_environment(job="sft", seed=seed, device=str(runtime.model.device))
     conversations, held_out = open_source(runtime.recipe).conversations(config.steps * config.batch_size)
     samples, too_long = encode(conversations, runtime.fmt, config.max_tokens)
     held_out_samples, _ = encode(held_out, runtime.fmt, config.max_tokens)

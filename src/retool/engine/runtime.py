@@ -86,11 +86,11 @@ async def open_sandbox(recipe: Recipe) -> AsyncIterator[LocalSandbox]:
         await sandbox.close()
 
 
-def open_run(recipe: Recipe) -> tuple[RunFolder, Path | None]:
-    """The run folder, and the checkpoint to go on from where the same recipe has left one there.
+def open_run(recipe: Recipe, job: str) -> tuple[RunFolder, Path | None]:
+    """The run folder, and the checkpoint to go on from where the same job and recipe have left one there.
 
     Raises:
-        UserError: the folder holds a run of another recipe, or ``run.resume`` is never and there is one.
+        UserError: the folder holds another job or another recipe, or ``run.resume`` is never and there is one.
     """
     path = Path(recipe.run.out) / recipe.run.name
     found = path.exists()
@@ -99,6 +99,9 @@ def open_run(recipe: Recipe) -> tuple[RunFolder, Path | None]:
     if found and folder.config():
         if recipe.run.resume == "never":
             raise UserError(f"run.name = {recipe.run.name!r}: {path} exists already; choose another name or remove it")
+        other = folder.environment().get("job", job)
+        if other != job:
+            raise UserError(f"run.name = {recipe.run.name!r}: {path} holds a run of {other}; choose another name")
         if checkpoint and folder.config() != _as_tree(recipe):
             raise UserError(
                 f"run.name = {recipe.run.name!r}: {path} holds a run with other settings; choose another name, remove "
