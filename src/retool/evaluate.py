@@ -80,13 +80,14 @@ def show(summary: dict[str, Any], progress: Progress) -> None:
     extra = ("pass", "maj") if k > 1 else ()
     rows: list[list[float | int | str]] = [
         [f"mean@{k}", f"{summary['accuracy']:.3f}  (95 % {low:.3f} to {high:.3f})"],
-        *([f"{name}@{k}", _share(summary[f"{name}@{k}"])] for name in extra),
         ["samples", f"{summary['samples']} of {summary['problems']} problems, {summary['infra']} lost to infra"],
         ["num_turns", f"{summary['num_turns']:.2f}"],
         ["call rate", _share(summary["call_rate"])],
         ["executions", ", ".join(f"{n} {status}" for status, n in summary["executions"].items() if n) or "none"],
         ["malformed calls", str(summary["malformed"])],
     ]
+    for place, name in enumerate(extra, start=1):
+        rows.insert(place, [f"{name}@{k}", _share(summary[f"{name}@{k}"])])
     progress.table("Evaluation", ["", "value"], rows)
 
 

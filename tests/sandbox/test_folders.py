@@ -1,7 +1,7 @@
 import os
 from pathlib import Path
 
-from retool.sandbox.folders import is_small, wipe
+from retool.sandbox.folders import is_pristine, wipe
 
 
 def test_wipes_deep_and_wide_trees(tmp_path: Path) -> None:
@@ -10,13 +10,13 @@ def test_wipes_deep_and_wide_trees(tmp_path: Path) -> None:
     here = os.getcwd()
     os.chdir(folder)
     try:
-        for _ in range(3000):  # deeper than Python's stack, the descriptors and PATH_MAX
+        for _ in range(300):  # 6,000 characters: longer than PATH_MAX
             os.mkdir("d" * 20)
             os.chdir("d" * 20)
-            Path("file").write_text("x")
+        Path("file").write_text("x")
     finally:
         os.chdir(here)
-    for index in range(200):
+    for index in range(50):
         (folder / f"file{index}").write_text("x")
     os.mkfifo(folder / "fifo")
     assert wipe(str(folder))
@@ -42,12 +42,18 @@ def test_missing_folder_is_gone_already(tmp_path: Path) -> None:
     assert wipe(str(tmp_path / "none"))
 
 
-def test_is_small(tmp_path: Path) -> None:
-    assert is_small(str(tmp_path))
-    (tmp_path / "a").write_text("x")
-    assert is_small(str(tmp_path), limit=1)
-    (tmp_path / "b").write_text("x")
-    assert not is_small(str(tmp_path), limit=1)
-    (tmp_path / "b").unlink()
-    (tmp_path / "c").mkdir()
-    assert not is_small(str(tmp_path))
+def test_is_pristine(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert not is_pristine(str(folder))
+    folder.mkdir()
+    folder.chmod(0)
+    assert is_pristine(str(folder))
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (folder / "a").write_text("x")
+    assert not is_pristine(str(folder))
+    link = tmp_path / "link"
+    other = tmp_path / "other"
+    other.mkdir(0o755)
+    link.symlink_to(other)
+    assert not is_pristine(str(link))
+    assert other.stat().st_mode & 0o777 != 0o700

@@ -15,7 +15,7 @@ from leftovers import InSandbox, identify, marked_processes, wait_until
 
 from retool.config import SandboxConfig
 from retool.sandbox import LocalSandbox
-from retool.types import ExecutionStatus
+from retool.types import ExecutionResult, ExecutionStatus
 
 S = ExecutionStatus
 
@@ -285,3 +285,22 @@ def test_info_is_what_was_found(in_sandbox: InSandbox) -> None:
         ).stdout.strip() == info.python
 
     in_sandbox(scenario)
+
+
+def test_killing_the_zygote_is_survived_by_the_others(in_sandbox: InSandbox) -> None:
+    async def scenario(sandbox: LocalSandbox) -> None:
+        honest = asyncio.gather(*(sandbox.execute("import time; time.sleep(.3); print(1)", 30) for _ in range(2)))
+        await asyncio.sleep(0.1)
+        bad = await sandbox.execute("import os, time; os.kill(os.getppid(), 9); time.sleep(1000)", 30)
+        assert (bad.status, bad.exit_code) == (S.INFRA, None)
+        for result in await honest:
+            assert result.status in (S.OK, S.INFRA)
+
+    in_sandbox(scenario, retries=0)
+
+
+def test_zygote_that_is_stopped_is_replaced(in_sandbox: InSandbox) -> None:
+    async def scenario(sandbox: LocalSandbox) -> ExecutionResult:
+        return await sandbox.execute("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)", 0.5)
+
+    assert in_sandbox(scenario, retries=0).status is S.TIMEOUT

@@ -48,7 +48,7 @@ class MicroBatch:
         return MicroBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+def common_prefix(sequences: Sequence[list[int]]) -> int:
     """Length of the longest common prefix: that of the smallest and the largest in lexicographic order."""
     if not sequences:
         return 0

@@ -2,7 +2,8 @@
 
 The rule that makes the quickstart honest: no family that is evaluated (``data/world.py``) occurs here, neither its
 questions nor its programs nor any output of such a program. What is taught is general: to speak the chat format, to
-copy numbers and names from a question into code and from a result into an answer, to write Python. A test checks the rule.
+copy numbers and names from a question into code and from a result into an answer, to write Python. A test checks
+the rule.
 """
 
 from __future__ import annotations

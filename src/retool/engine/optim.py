@@ -23,7 +23,7 @@ def orthogonalise(matrices_KMN: Tensor) -> Tensor:
     bf16 the usual bf16 products are some hundred times slower than fp32."""
     a, b, c = NEWTON_SCHULZ
     tall = matrices_KMN.shape[1] > matrices_KMN.shape[2]
-    x = matrices_KMN.transpose(1, 2) if tall else matrices_KMN
+    x: Tensor = matrices_KMN.transpose(1, 2) if tall else matrices_KMN
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.transpose(1, 2)

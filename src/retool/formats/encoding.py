@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from retool.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding  # type: ignore[import-untyped]
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
 

@@ -1,4 +1,4 @@
-"""Remove a folder that nobody trusts. Standard library only: the zygote uses it too."""
+"""Remove or reuse a folder that nobody trusts. Standard library only: the zygote uses it too."""
 
 from __future__ import annotations
 
@@ -44,12 +44,19 @@ def wipe(folder: str) -> bool:
     return complete
 
 
-def is_small(folder: str, limit: int = 16) -> bool:
-    """Whether ``folder`` holds at most ``limit`` files and no folder, so that wiping it takes no time to speak of."""
-    for count, entry in enumerate(_entries(folder)):
-        if count >= limit or entry.is_dir(follow_symlinks=False):
+def is_pristine(folder: str) -> bool:
+    """Whether ``folder`` can serve again: the same as when it was made, but for its times.
+
+    Reusing it matters: on some file systems removing a folder takes milliseconds (7 ms on one ext4, against 0.1 ms for
+    making it), which would be the zygote's slowest step."""
+    try:
+        found = os.lstat(folder)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             return False
-    return True
+        os.chmod(folder, stat.S_IRWXU)
+        return not os.listdir(folder) and not os.listxattr(folder)
+    except OSError:
+        return False
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:

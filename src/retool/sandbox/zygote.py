@@ -54,11 +54,14 @@ class Zygote:
         self.memory_bytes: int = settings["memory_mb"] << 20
         self.steps: frozenset[str] = frozenset()
         self.pid = os.getpid()
-        self.children: dict[int, int] = {}
-        """Number of each child by pid."""
+        self.children: dict[int, tuple[int, str]] = {}
+        """Number and folder of each child by its pid."""
         self.janitors: set[int] = set()
         self.swept: list[str] = []
-        """Folders of ended runs that wait for a janitor."""
+        """Folders of ended runs, not looked at yet."""
+        self.spare: list[str] = []
+        self.dirty: list[str] = []
+        """Folders that wait for a janitor."""
         self.count = 0
         self.null = os.open(os.devnull, os.O_RDONLY)
         self.wake_read, self.wake_write = os.pipe()
@@ -100,7 +103,7 @@ class Zygote:
         if not data:
             return False
         packet = wire.unpack(data)
-        for pid, number in self.children.items():
+        for pid, (number, _) in self.children.items():
             if number == packet.child:
                 _kill_group(pid)
                 _kill(pid)  # it may not lead a group yet
@@ -125,15 +128,15 @@ class Zygote:
             if found is None:
                 break
             pid = found.si_pid
-            number = self.children.pop(pid, None)
+            known = self.children.pop(pid, None)
             at = time.monotonic()
-            if number is not None:
+            if known is not None:
                 _kill_group(pid)
             _, status, usage = os.wait4(pid, 0)
             ended = True
-            if number is not None:
-                self._tell(wire.Packet(wire.Kind.EXIT, number, status, usage.ru_maxrss, at))
-                self.swept.append(self._folder(number))
+            if known is not None:
+                self._tell(wire.Packet(wire.Kind.EXIT, known[0], status, usage.ru_maxrss, at))
+                self.swept.append(known[1])
             self.janitors.discard(pid)
         if ended:
             self._kill_strays()
@@ -147,33 +150,24 @@ class Zygote:
                 _kill_group(pid)
                 _kill(pid)
 
-    def _folder(self, number: int) -> str:
-        return os.path.join(self.root, str(number))
-
     def _clean_folders(self) -> None:
-        large = []
+        """Keep the empty folders for the next children; have the others removed by helpers, a few at a time."""
         for folder in self.swept:
-            try:
-                os.rmdir(folder)
-            except OSError:
-                if folders.is_small(folder):
-                    folders.wipe(folder)
-                else:
-                    large.append(folder)
-        self.swept = large
-        if large and len(self.janitors) < _JANITORS:
+            (self.spare if folders.is_pristine(folder) else self.dirty).append(folder)
+        self.swept = []
+        if self.dirty and len(self.janitors) < _JANITORS:
             pid = os.fork()
             if pid == 0:
-                self._be_janitor(large)
+                self._be_janitor(self.dirty)
             self.janitors.add(pid)
-            self.swept = []
+            self.dirty = []
 
-    def _be_janitor(self, large: list[str]) -> NoReturn:
+    def _be_janitor(self, dirty: list[str]) -> NoReturn:
         try:
             self._forget_signals()
             os.closerange(0, OPEN_FILES)
             jail.die_with_parent(self.pid, signal.SIGKILL)
-            for folder in large:
+            for folder in dirty:
                 folders.wipe(folder)
         finally:
             os._exit(0)
@@ -202,8 +196,7 @@ class Zygote:
             OSError: no more processes, descriptors or disk; or the supervisor is gone.
         """
         self.count += 1
-        folder = self._folder(self.count)
-        os.mkdir(folder, 0o700)
+        folder = self._take_folder()
         ours, theirs = socket.socketpair()
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
@@ -211,7 +204,7 @@ class Zygote:
             pid = os.fork()
             if pid == 0:
                 self._be_child(folder, (self.null, out_write, err_write, theirs.fileno()))
-            self.children[pid] = self.count
+            self.children[pid] = (self.count, folder)
             head = wire.pack(wire.Packet(wire.Kind.CHILD, self.count, pid))
             try:
                 socket.send_fds(self.control, [head], [ours.fileno(), out_read, err_read])
@@ -223,6 +216,13 @@ class Zygote:
             theirs.close()
             for descriptor in (out_read, out_write, err_read, err_write):
                 os.close(descriptor)
+
+    def _take_folder(self) -> str:
+        if self.spare:
+            return self.spare.pop()
+        folder = os.path.join(self.root, str(self.count))
+        os.mkdir(folder, 0o700)
+        return folder
 
     def _be_child(self, folder: str, descriptors: tuple[int, ...]) -> NoReturn:
         """Jail, wait for the code, run it, exit. ``descriptors``: stdin, stdout, stderr, the code's socket."""
