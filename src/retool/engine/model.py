@@ -59,13 +59,7 @@ def load_model(config: ModelConfig) -> tuple[Any, PreTrainedTokenizerBase]:
     dtype = choose_dtype(config, device)
     tokenizer = load_tokenizer(resolve_path(config.tokenizer or config.path))
     if config.random_init:
-        sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, **config.random_init}
-        sizes.setdefault("vocab_size", len(tokenizer))
-        try:
-            architecture = Qwen2Config(**sizes, attn_implementation=ATTENTION)
-            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-        except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
-            raise ConfigError(f"model.random_init = {config.random_init}: {error}") from None
+        model = AutoModelForCausalLM.from_config(random_architecture(config.random_init, len(tokenizer)), dtype=dtype)
     else:
         path = resolve_path(config.path)
         try:
@@ -77,6 +71,25 @@ def load_model(config: ModelConfig) -> tuple[Any, PreTrainedTokenizerBase]:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"model.path = {config.path!r}: no model folder or hub name ({reason})") from None
     return model.to(device), tokenizer
+
+
+def random_architecture(sizes: dict[str, int], vocabulary: int) -> Qwen2Config:
+    """The Qwen2 of these sizes, with four heads on two key heads and tied embeddings unless they say otherwise.
+
+    Raises:
+        ConfigError: a size that Qwen2 does not have, or sizes that do not fit together.
+    """
+    whole = {"vocab_size": vocabulary, "num_attention_heads": 4, "num_key_value_heads": 2, **sizes}
+    unknown = [name for name in sizes if not hasattr(Qwen2Config(), name)]
+    if unknown:
+        raise ConfigError(f"model.random_init: Qwen2 has no {unknown[0]!r}; the names are those of its config.json")
+    hidden, heads, key_heads = (whole.get(n, 0) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    if hidden < 1 or hidden % (2 * heads) or heads % key_heads:
+        raise ConfigError(
+            f"model.random_init: hidden_size = {hidden} must be a multiple of 2 × num_attention_heads = 2 × {heads}, "
+            f"and the heads of num_key_value_heads = {key_heads}"
+        )
+    return Qwen2Config(tie_word_embeddings=True, attn_implementation=ATTENTION, **whole)
 
 
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

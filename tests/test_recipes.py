@@ -1,0 +1,97 @@
+"""Every shipped recipe, and the whole path on real input: the real tokenizer, its template, real text."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retool import evaluate, rl, sft
+from retool.config import SHIPPED_RECIPES, Recipe, load_recipe
+from retool.data.sources import open_source
+from retool.engine.learner import Learner
+from retool.engine.runtime import load_runtime, open_sandbox
+from retool.progress import Progress
+from retool.rollout import run_groups
+from retool.store import RunFolder
+
+QUIET = Progress(quiet=True)
+
+
+def test_every_shipped_recipe_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETOOL_DATA", "data")
+    names = {path.stem for path in SHIPPED_RECIPES.glob("*.toml")}
+    assert {"quickstart", "gsm8k-smoke"} <= names
+    for path in SHIPPED_RECIPES.glob("*.toml"):
+        assert load_recipe(path).run.name
+
+
+@pytest.fixture
+def smoke(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("RETOOL_DATA", str(shared_data))
+
+    def make(name: str, *overrides: str) -> Recipe:
+        small = ["data.train_size=24", "data.test_size=2", "run.threads=2", "sandbox.workers=2", "sft.steps=2",
+                 "sft.batch_size=4", "rl.steps=1", "rl.prompts=2", "rollout.max_response_tokens=24"]  # fmt: skip
+        return load_recipe(
+            SHIPPED_RECIPES / "gsm8k-smoke.toml", [*small, f"run.out={tmp_path}", f"run.name={name}", *overrides]
+        )
+
+    return make
+
+
+def test_the_whole_path_on_gsm8k(smoke: Any) -> None:
+    fine_tuned = sft.run(smoke("sft"), progress=QUIET)
+    assert math.isfinite(fine_tuned["val_loss"])
+    start = [f"model.path={fine_tuned['checkpoint']}", "model.random_init={}", "model.tokenizer="]
+    trained = rl.run(smoke("rl", *start), progress=QUIET)
+    recipe = smoke("eval", f"model.path={trained['checkpoint']}", *start[1:])
+    found = evaluate.run(recipe, progress=QUIET)
+    assert found["samples"] == 4
+    assert found["problems"] == 2
+    (line,) = RunFolder.open(Path(recipe.run.out) / "rl").metrics()
+    assert line["prompt_length/min"] > 100
+
+
+def test_an_update_over_the_real_vocabulary(smoke: Any) -> None:
+    """Random weights answer nothing right, so that no group of the run above teaches: here rewards are made up."""
+    recipe = smoke("update")
+    runtime = load_runtime(recipe)
+    tasks = open_source(recipe).train_tasks(0, 2)
+
+    async def roll() -> Any:
+        async with open_sandbox(recipe) as sandbox:
+            rollout = runtime.rollout(runtime.policy(), sandbox)
+            return await run_groups(rollout, tasks, 4, seed=0, step=0)
+
+    groups = asyncio.run(roll())
+    for group in groups:
+        for i, trajectory in enumerate(group.trajectories):
+            trajectory.reward = (-1.0) ** i
+    rl.set_advantages(groups)
+    learner = Learner(runtime.model, recipe.rl.optim, total_steps=1, micro_batch_tokens=2048)
+    metrics = rl.update(learner, groups, recipe.rl, 1.0)
+    assert metrics["training/rollout_logprob_gap_max"] <= 1e-3
+    assert metrics["actor/grad_norm"] > 0
+    assert metrics["actor/entropy"] == pytest.approx(math.log(len(runtime.tokenizer)), abs=0.5)
+
+
+def test_file_splits_never_overlap(smoke: Any) -> None:
+    source = open_source(smoke("data"))
+    train = {t.id for step in range(20) for t in source.train_tasks(step, 3)}
+    dev = {t.id for t in source.eval_tasks("dev", 100)}
+    assert train
+    assert dev
+    assert not train & dev
+    assert [t.id for t in source.train_tasks(7, 3)] == [t.id for t in open_source(smoke("data")).train_tasks(7, 3)]
+    conversations, held_out = source.conversations(0)
+    assert not {c.id for c in conversations} & {c.id for c in held_out}
+
+
+def test_an_epoch_takes_every_task_once(smoke: Any) -> None:
+    source = open_source(smoke("data", "data.train_size=20"))
+    first_epoch = [t.id for step in range(6) for t in source.train_tasks(step, 3)]
+    assert len(set(first_epoch)) == 18
