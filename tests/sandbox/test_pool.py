@@ -36,13 +36,13 @@ def test_surplus_calls_wait_in_order_and_their_clock_does_not_run(in_sandbox: In
         ended: list[int] = []
 
         async def call(index: int) -> None:
-            result = await sandbox.execute("import time; time.sleep(.2); print(time.monotonic())", 2.0)
+            result = await sandbox.execute("import time; time.sleep(.2)", 1.5)
             assert result.status is S.OK
             ended.append(index)
 
-        # Twelve waits of 0.2 s one after another are longer than the deadline of each.
-        await asyncio.gather(*(call(index) for index in range(12)))
-        assert ended == list(range(12))
+        # Eight waits of 0.2 s one after another are longer than the deadline of each.
+        await asyncio.gather(*(call(index) for index in range(8)))
+        assert ended == list(range(8))
 
     in_sandbox(scenario, workers=1)
 
@@ -80,7 +80,7 @@ def test_many_mixed_runs_lose_and_leak_nothing(in_sandbox: InSandbox) -> None:
             assert result.status is status, result
             assert result.stdout == stdout.format(index) or status is S.TIMEOUT
 
-        await asyncio.gather(*(call(index) for index in range(400)))
+        await asyncio.gather(*(call(index) for index in range(150)))
         # Three for each waiting child, and no more than the pool has.
         assert len(os.listdir("/proc/self/fd")) <= before + 3 * 4
 

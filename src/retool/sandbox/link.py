@@ -25,7 +25,7 @@ from retool.sandbox import folders, wire
 START_S = 120.0
 """Patience with the imports of the preload list: scipy and sympy take seconds on a cold disk and a busy machine."""
 END_S = 30.0
-"""Patience with a zygote that was told to end; it needs milliseconds, but for removing what programs wrote to a disk."""
+"""Patience with a zygote that was told to end; it needs milliseconds, unless programs wrote a lot to a slow disk."""
 _POLL_S = 0.002
 _SWEEP_ROUNDS = 20
 _MARK = "RETOOL_SANDBOX"
