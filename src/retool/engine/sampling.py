@@ -90,15 +90,15 @@ def sample(
     if not plain:
         greedy_B = temperature_B == 0
         logits_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
-    normaliser_B = logits_BV.logsumexp(-1)
-    probs_BV = (logits_BV - normaliser_B[:, None]).exp_()
+    logprobs_BV = logits_BV.log_softmax(-1)
+    probs_BV = logprobs_BV.exp()
     if top_k_B is not None and top_p_B is not None:
         asked = ((top_k_B > 0) | (top_p_B < 1)).nonzero()[:, 0]
         probs_BV[asked] = _filter(logits_BV[asked], top_k_B[asked], top_p_B[asked])
     token_B = draw(probs_BV, uniform_B)
     if greedy_B is not None:
         token_B = torch.where(greedy_B, logits_BV.argmax(-1), token_B)
-    return token_B, logits_BV.gather(1, token_B[:, None])[:, 0] - normaliser_B
+    return token_B, logprobs_BV.gather(1, token_B[:, None])[:, 0]
 
 
 UNKNOWN, NO, MAYBE = 0, 1, 2
