@@ -211,6 +211,7 @@ def run_apart(script: str, *arguments: str) -> list[str]:
 BROKEN = """
 import asyncio, os, sys
 from retool.config import SandboxConfig
+from retool.errors import SandboxBroken
 from retool.sandbox import LocalSandbox
 async def main(preload):
     before = os.listdir("/proc/self/fd")

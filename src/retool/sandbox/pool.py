@@ -137,11 +137,12 @@ class LocalSandbox:
         try:
             run.begin(source)
             ending = await run.ended
+        except asyncio.CancelledError:  # which also cancelled ``run.ended``
+            run.stop()
+            link.kill(child)
+            raise
         finally:
             del self._runs[child]
-            if not run.ended.done():  # the caller was cancelled
-                run.stop()
-                link.kill(child)
         if ending is Ending.LOST:
             raise _LostError("the sandbox's zygote died")
         if ending is Ending.NOT_BEGUN:
