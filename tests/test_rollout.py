@@ -322,7 +322,8 @@ def run_and_look(main: Callable[[], Any]) -> tuple[BaseException | None, int]:
     async def observed() -> tuple[BaseException | None, int]:
         error: BaseException | None = None
         try:
-            await main()
+            # A job that waits for a task which it forgot to cancel must fail here, not hang.
+            await asyncio.wait_for(main(), timeout=60)
         except BaseException as raised:
             error = raised
         return error, len(asyncio.all_tasks() - {asyncio.current_task()})

@@ -48,7 +48,7 @@ class RunConfig(Section):
     """auto: the same command typed again goes on from the last checkpoint. never: a run folder that is there is an
     error."""
     threads: int = Field(default=0, ge=0)
-    """torch's CPU threads; 0: all cores less one (the sandbox needs one), at least one."""
+    """torch's CPU threads; 0: all cores while it learns, all less one while code runs beside it (at least one)."""
 
 
 class ModelConfig(Section):

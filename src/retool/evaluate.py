@@ -8,6 +8,7 @@ from typing import Any
 
 from retool.config import Recipe
 from retool.data.sources import open_source
+from retool.engine.model import use_threads
 from retool.engine.runtime import Runtime, load_runtime, open_run, open_sandbox
 from retool.grading.grader import BoxedGrader, grade_groups
 from retool.grading.rewards import REWARDS
@@ -51,6 +52,7 @@ async def sample(
 ) -> list[TrajectoryGroup]:
     """Sample and grade k trajectories for each task, with the evaluation's own temperature and top-p."""
     recipe = runtime.recipe
+    use_threads(recipe.run, sandbox=recipe.rollout.tools)
     config = recipe.rollout.model_copy(update={"temperature": recipe.eval.temperature, "top_p": recipe.eval.top_p})
     rollout = replace(runtime.rollout(runtime.policy(), sandbox), config=config)
     total = len(tasks) * recipe.eval.k

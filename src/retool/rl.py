@@ -19,6 +19,7 @@ from retool.algo.losses import ppo_clip
 from retool.config import Recipe, RLConfig
 from retool.data.sources import Source, open_source
 from retool.engine.learner import Learner
+from retool.engine.model import use_threads
 from retool.engine.runtime import Runtime, load_runtime, load_trainer_state, open_run, open_sandbox, step_of
 from retool.evaluate import sample as sample_evaluation
 from retool.grading.grader import BoxedGrader, grade_groups
@@ -73,12 +74,14 @@ async def train(
         for step in range(done, config.steps):
             clock = Clock()
             with clock.time("rollout"):
+                use_threads(recipe.run, sandbox=True)
                 tasks = source.train_tasks(step, config.prompts)
                 groups = await run_groups(rollout, tasks, config.group_size, seed=seed, step=step)
             with clock.time("grade"):
                 grade_groups(groups, BoxedGrader(), REWARDS[config.reward])
                 set_advantages(groups)
             with clock.time("train"):
+                use_threads(recipe.run, sandbox=False)
                 metrics = update(learner, groups, config, recipe.rollout.temperature)
                 policy.weights_updated()
             metrics |= rollout_metrics(groups)

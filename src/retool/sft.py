@@ -13,6 +13,7 @@ from retool.algo.losses import nll
 from retool.config import Recipe
 from retool.data.sources import open_source
 from retool.engine.learner import Learner
+from retool.engine.model import use_threads
 from retool.engine.runtime import Runtime, load_runtime, load_trainer_state, open_run, step_of
 from retool.errors import DataError
 from retool.formats.hermes import HermesFormat
@@ -54,6 +55,7 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
             f"{too_long} of {len(conversations)} conversations have over {config.max_tokens} tokens: left out"
         )
 
+    use_threads(runtime.recipe.run, sandbox=False)
     tracker = folder.tracker()
     summary: dict[str, Any] = {"steps": steps, "conversations": len(samples), "too_long": too_long}
     with progress.stage("SFT", total=steps) as stage:

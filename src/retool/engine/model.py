@@ -38,10 +38,16 @@ def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def prepare_torch(run: RunConfig) -> None:
-    """Threads, and reproducible kernels where the run asks for them."""
-    torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 2) - 1))
+    """Threads, seeds, and reproducible kernels where the run asks for them."""
+    use_threads(run, sandbox=False)
     torch.manual_seed(run.seed)
     torch.use_deterministic_algorithms(run.deterministic, warn_only=True)
+
+
+def use_threads(run: RunConfig, *, sandbox: bool) -> None:
+    """Set torch's CPU threads for what comes next: work beside which code runs leaves a core to the sandbox."""
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(run.threads or max(1, cores - sandbox))
 
 
 def resolve_path(path: str) -> str:
