@@ -1,10 +1,10 @@
-"""How fast the sandbox answers: requests a second and p50 / p99 at concurrency 1, 8 and 64, for ``print`` and for sympy.
+"""How fast the sandbox answers: requests a second, p50 and p99 at concurrency 1, 8 and 64, for ``print`` and for sympy.
 
     python benchmarks/sandbox_speed.py [--rounds 3] [--requests 200] [--cold 5]
 
-Absolute figures depend on what else the machine does. So each round also starts ``python -I -c`` afresh for the same
-program, one after another, between the measurements, and every line ends in the ratio of the two: how many times as many
-requests a second, and how many times shorter the median wait, than a cold interpreter.
+Absolute figures depend on what else the machine does. So between two measurements the same program is run a few times
+by a fresh ``python -I -c``, one after another, and every line ends in ratios to that: how many times as many requests a
+second, and how many times shorter the median wait (which at concurrency 64 is mostly waiting in line).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from retool.types import ExecutionStatus
 PROGRAMS = {
     "print": ("print(1+1)", "2\n", 1),
     "sympy": (
-        "from sympy import symbols, solve, factorint\nx = symbols('x')\nprint(solve(x**2 - 5*x + 6, x), factorint(5040))",
+        "from sympy import symbols, solve, factorint\nx = symbols('x')\n"
+        "print(solve(x**2 - 5*x + 6, x), factorint(5040))",
         "[2, 3] {2: 4, 3: 2, 5: 1, 7: 1}\n",
         10,
     ),
