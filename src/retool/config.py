@@ -75,7 +75,7 @@ class DataConfig(Section):
     test_split: Literal["test", "dev"] = "test"
     """Which split evaluations read. Choose settings on dev, report on test."""
     sft_tool_share: float = Field(default=0.3, ge=0, le=1)
-    """world: share of the cold-start demonstrations that run code, among those whose prompt shows the tool."""
+    """world: share of the demonstrations that run code, among those of hard problems whose prompt shows the tool."""
 
 
 class SandboxConfig(Section):

@@ -9,9 +9,11 @@ import pytest
 from retool.config import SandboxConfig
 from retool.data.world import (
     EASY_SHARE,
+    EASY_TOOL_SHARE,
     FAMILIES,
     LARGE,
     SPLITS,
+    TEXT_PROMPT_SHARE,
     make_conversations,
     make_tasks,
     program_for,
@@ -66,17 +68,18 @@ def test_numbers_of_a_task_are_those_of_its_text() -> None:
 def test_evaluation_tasks_are_distinct_and_shares_are_kept() -> None:
     tasks = make_tasks("test", 480, "eval")
     assert len({question(t) for t in tasks}) == 480
-    assert sum(t.meta["easy"] for t in tasks) == round(480 * EASY_SHARE)
+    assert sum(t.meta["easy"] for t in tasks) == pytest.approx(480 * EASY_SHARE, abs=1)
     assert [t.id for t in tasks] == [t.id for t in make_tasks("test", 480, "eval")]
     assert [question(t) for t in tasks] != [question(t) for t in make_tasks("test", 480, "other")]
 
 
 def test_shares_of_the_demonstrations() -> None:
-    conversations = make_conversations("train", 2000, 0, 0.3)
+    conversations = make_conversations("train", 2000, 0, 0.4)
     with_tool_prompt = [c for c in conversations if c.tools]
     calls = [c for c in with_tool_prompt if any("tool_calls" in m for m in c.messages)]
-    assert len(with_tool_prompt) / len(conversations) == pytest.approx(0.8, abs=0.04)
-    assert len(calls) / len(with_tool_prompt) == pytest.approx(0.3, abs=0.04)
+    assert len(with_tool_prompt) / len(conversations) == pytest.approx(1 - TEXT_PROMPT_SHARE)
+    expected = 0.4 * (1 - EASY_SHARE * (1 - EASY_TOOL_SHARE))
+    assert len(calls) / len(with_tool_prompt) == pytest.approx(expected, abs=0.04)
     assert not any("tool_calls" in m for c in conversations if not c.tools for m in c.messages)
 
 

@@ -1,6 +1,6 @@
 """The small world of the quickstart: families of generated problems with exact answers.
 
-Twelve families need a calculation that no small model does in its head; four are easy enough for it. Every family has a
+Twelve families need a calculation that no small model does in its head; five are easy enough for it. Every family has a
 program that solves it, so that demonstrations can be written with the tool or without.
 
 The splits (train, dev, test) never overlap, in text or in numbers: a number of 1,000 or more belongs to exactly one
@@ -25,10 +25,15 @@ SPLIT_CUTS = (70, 85, 100)
 """Percent of the hash space up to which a split reaches."""
 LARGE = 1000
 """A number from here on belongs to one split by itself."""
-EASY_SHARE = 0.25
+EASY_SHARE = 0.3
 """Share of the easy families among drawn tasks."""
 PATIENCE = 1000
 """Draws after which a family has no new problem left for the split that was asked for."""
+
+TEXT_PROMPT_SHARE = 0.25
+"""Share of the demonstrations whose prompt shows no tool."""
+EASY_TOOL_SHARE = 0.5
+"""How much rarer the demonstrations run code for easy problems than for others."""
 
 CALL_THOUGHT = "I will compute this with code."
 HEAD_THOUGHT = "I will answer directly."
@@ -71,14 +76,14 @@ def _int(rng: random.Random, low_digits: int, high_digits: int) -> int:
 
 
 def _with_factor(rng: random.Random) -> tuple[int, int]:
-    factor = rng.randint(3, 60)
+    factor = rng.randint(2, 20)
     return factor * rng.randint(20, 400), factor * rng.randint(20, 400)
 
 
 def _system(rng: random.Random) -> tuple[int, ...]:
-    """a·x + b·y = c and d·x + e·y = f with one solution in 1…40."""
+    """a·x + b·y = c and d·x + e·y = f with one solution in 1…12."""
     while True:
-        x, y = rng.randint(1, 40), rng.randint(1, 40)
+        x, y = rng.randint(1, 12), rng.randint(1, 12)
         a, b, d, e = (rng.randint(1, 9) for _ in range(4))
         if a * e != b * d:
             return a, b, a * x + b * y, d, e, d * x + e * y
@@ -140,21 +145,21 @@ HARD_FAMILIES = (
     ),
     Family(
         "digit_sum",
-        lambda r: (_int(r, 6, 12),),
+        lambda r: (_int(r, 4, 8),),
         ("What is the sum of the digits of {0}?", "Add up the digits of {0}."),
         "print(sum(int(d) for d in str({0})))",
         lambda n: sum(map(int, str(n))),
     ),
     Family(
         "prime_count",
-        lambda r: _range(r, 100, 3000, 200),
+        lambda r: _range(r, 100, 5000, 60),
         ("How many primes are there from {0} to {1}?", "Count the prime numbers from {0} to {1}."),
         "print(sum(all(n % d for d in range(2, n)) for n in range({0}, {1} + 1)))",
         lambda a, b: sum(map(_is_prime, range(a, b + 1))),
     ),
     Family(
         "count_loop",
-        lambda r: (*_range(r, 10, 5000, 2000), r.randint(3, 12), r.randint(2, 9)),
+        lambda r: (*_range(r, 10, 5000, 200), r.randint(3, 12), r.randint(2, 9)),
         (
             "How many integers from {0} to {1} are divisible by {2} but not by {3}?",
             "Count the numbers from {0} to {1} that {2} divides and {3} does not.",
@@ -176,7 +181,7 @@ HARD_FAMILIES = (
             "If {0}x + {1}y = {2} and {3}x + {4}y = {5}, what is x + y?",
             "Solve {0}x + {1}y = {2} and {3}x + {4}y = {5}. Give x + y.",
         ),
-        "for x in range(1, 41):\n for y in range(1, 41):\n"
+        "for x in range(1, 13):\n for y in range(1, 13):\n"
         "  if {0} * x + {1} * y == {2} and {3} * x + {4} * y == {5}:\n   print(x + y)",
         _solve_system,
     ),
@@ -205,7 +210,7 @@ HARD_FAMILIES = (
 EASY_FAMILIES = (
     Family(
         "small_add",
-        lambda r: (r.randint(0, 29), r.randint(0, 9)),
+        lambda r: (r.randint(0, 12), r.randint(0, 9)),
         (
             "Tom has {0} balls and gets {1} more. How many has he now?",
             "{0} birds sit there and {1} come. How many now?",
@@ -228,6 +233,14 @@ EASY_FAMILIES = (
         ("What is left over when {0} things are put into pairs?",),
         "print({0} % 2)",
         lambda n: n % 2,
+        easy=True,
+    ),
+    Family(
+        "larger",
+        lambda r: (_int(r, 2, 5), _int(r, 2, 5)),
+        ("Which number is larger, {0} or {1}?", "Name the larger one of {0} and {1}."),
+        "print(max({0}, {1}))",
+        max,
         easy=True,
     ),
     Family(
@@ -333,15 +346,20 @@ def demonstrate(task: Task, *, with_code: bool, tools: bool = True) -> Conversat
 
 
 def make_conversations(split: str, count: int, seed: int | str, tool_share: float) -> list[Conversation]:
-    """Cold-start demonstrations: with the tool in the prompt, ``tool_share`` of them run code and the others answer
-    directly; one in five has no tool in its prompt and answers directly, as text-only RL will."""
+    """Cold-start demonstrations, written as by somebody who does easy problems in the head.
+
+    With the tool in the prompt, ``tool_share`` of them run code (of the easy ones ``EASY_TOOL_SHARE`` times that) and
+    the others answer directly. ``TEXT_PROMPT_SHARE`` of all have no tool in the prompt and answer directly, as
+    text-only RL will.
+    """
     rng = random.Random(f"conversations/{split}/{seed}")
-    conversations = []
-    for task in make_tasks(split, count, f"sft/{seed}"):
-        tools = rng.random() >= TEXT_PROMPT_SHARE
-        conversations.append(demonstrate(task, with_code=tools and rng.random() < tool_share, tools=tools))
+    text_count = round(count * TEXT_PROMPT_SHARE)
+    tasks = make_tasks(split, count - text_count, f"sft/{seed}")
+    conversations = [
+        demonstrate(task, with_code=rng.random() < tool_share * (EASY_TOOL_SHARE if task.meta["easy"] else 1))
+        for task in tasks
+    ]
+    text_tasks = make_tasks(split, text_count, f"sft-text/{seed}")
+    conversations += [demonstrate(task, with_code=False, tools=False) for task in text_tasks]
+    rng.shuffle(conversations)
     return conversations
-
-
-TEXT_PROMPT_SHARE = 0.2
-"""Share of the demonstrations whose prompt shows no tool."""

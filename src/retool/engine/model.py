@@ -76,6 +76,8 @@ def load_model(config: ModelConfig) -> tuple[Any, PreTrainedTokenizerBase]:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"model.path = {config.path!r}: no model folder or hub name ({reason})") from None
+    if "sliding_attention" in (getattr(model.config, "layer_types", None) or []):
+        raise ConfigError(f"model.path = {config.path!r}: sliding-window attention is not supported; turn it off")
     return model.to(device), tokenizer
 
 
