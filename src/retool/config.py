@@ -6,7 +6,6 @@ Nothing here imports torch. A mistake ends in one line (``ConfigError``) that na
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import tomllib
@@ -341,35 +340,8 @@ def recipe_path(name: str | Path) -> Path:
     )
 
 
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        # JSON's strings are TOML's basic strings, but for DEL, which TOML wants escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
-    return repr(value)
-
-
 def recipe_toml(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as TOML that ``load_recipe`` reads back to an equal one."""
-    lines: list[str] = []
+    import tomli_w
 
-    def write(section: BaseModel, name: str) -> None:
-        nested: list[tuple[str, BaseModel]] = []
-        lines.append(f"[{name}]")
-        for key, value in section:
-            if isinstance(value, BaseModel):
-                nested.append((f"{name}.{key}", value))
-            else:
-                lines.append(f"{key} = {_toml_value(value)}")
-        lines.append("")
-        for child_name, child in nested:
-            write(child, child_name)
-
-    for name, section in recipe:
-        write(section, name)
-    return "\n".join(lines)
+    return tomli_w.dumps(recipe.model_dump(mode="json"))

@@ -15,9 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
-from retool.config import Recipe
+from retool.config import Recipe, recipe_toml
 from retool.errors import DataError, UserError
 from retool.store.files import JsonlTracker, read_metrics, recover, rewind_metrics, to_json, write_file
 from retool.store.trajectories import write_trajectories
@@ -104,7 +102,7 @@ class RunFolder:
 
     def write_config(self, recipe: Recipe) -> None:
         """``config.toml``: the recipe with every default filled in."""
-        write_file(self.path / "config.toml", tomli_w.dumps(recipe.model_dump(mode="json")))
+        write_file(self.path / "config.toml", recipe_toml(recipe))
 
     def config(self) -> dict[str, Any]:
         """``config.toml`` as a tree of sections; empty where there is none."""
