@@ -42,6 +42,10 @@ COMMON_TOKENS = 167
 """Tokens that all prompts begin with; with the question a prompt has about 195."""
 LEARNING_RATE = 1e-6
 """So small that the share of trajectories with a call stays what it was over the steps of a benchmark."""
+MICRO_BATCH_TOKENS = 2000
+"""Ours. Against 6,000: a fifth less CPU time in training, since the work stays in the cache, and 200 MB less memory."""
+TRL_BATCH = 32
+"""TRL's per_device_train_batch_size."""
 TOOL_SHARE = 0.5
 SEED = 11
 GOAL_S, GOAL_MB = 1.9, 800.0
@@ -82,6 +86,7 @@ def recipe_for(folder: Path, *overrides: str) -> Any:
         f"rollout.max_response_tokens={RESPONSE_TOKENS}",
         f"rl.prompts={PROMPTS}",
         f"rl.group_size={SAMPLES}",
+        f"rl.micro_batch_tokens={MICRO_BATCH_TOKENS}",
         f"rl.optim.lr={LEARNING_RATE}",
         "rl.optim.warmup_steps=0",
     ]
@@ -427,7 +432,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="RL steps of a process; the first is not counted")
     parser.add_argument("--threads", type=int, default=0, help="torch's CPU threads; 0: each side's own choice")
-    parser.add_argument("--trl-batch", type=int, default=32, help="TRL's per_device_train_batch_size; divides 256")
+    parser.add_argument(
+        "--trl-batch", type=int, default=TRL_BATCH, help="TRL's per_device_train_batch_size; divides 256"
+    )
     parser.add_argument("--side", choices=["prepare", "ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
