@@ -52,7 +52,8 @@ def descendants(root: int) -> list[int]:
                 continue
             # The command's name, in parentheses, may hold spaces and parentheses of its own.
             parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-    found, frontier = [], {root}
+    found: list[int] = []
+    frontier = {root}
     while frontier:
         frontier = {pid for pid, parent in parents.items() if parent in frontier}
         found += frontier

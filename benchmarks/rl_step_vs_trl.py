@@ -158,9 +158,10 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     class Watched(RunFolder):
         """The seam at which every step passes once, near its end."""
 
-        def write_step(self, *args: Any) -> None:
-            super().write_step(*args)
+        def write_step(self, step: int, groups: Any) -> Path:
+            written = super().write_step(step, groups)
             cpu_s.append(time.process_time())
+            return written
 
     with tempfile.TemporaryDirectory() as out:
         recipe = recipe_for(Path(out), f"rl.steps={args.steps}", f"run.threads={args.threads}")
