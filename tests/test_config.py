@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from retool.config import SHIPPED_RECIPES, Recipe, apply_override, load_recipe, make_recipe, recipe_path, recipe_toml
 from retool.errors import ConfigError
 
-EXAMPLES = Path(__file__).parents[1] / "recipes"
-
 
 def with_overrides(*overrides: str) -> Recipe:
     tree: dict[str, object] = {}
@@ -21,9 +19,7 @@ def with_overrides(*overrides: str) -> Recipe:
     return make_recipe(tree)
 
 
-@pytest.mark.parametrize(
-    "path", sorted([*SHIPPED_RECIPES.glob("*.toml"), *EXAMPLES.glob("*.toml")]), ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", sorted(SHIPPED_RECIPES.glob("*.toml")), ids=lambda p: p.name)
 def test_every_shipped_recipe_loads(path: Path) -> None:
     recipe = load_recipe(path)
     assert make_recipe(tomllib.loads(recipe_toml(recipe))) == recipe

@@ -21,14 +21,6 @@ from retool.store import RunFolder
 QUIET = Progress(quiet=True)
 
 
-def test_every_shipped_recipe_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RETOOL_DATA", "data")
-    names = {path.stem for path in SHIPPED_RECIPES.glob("*.toml")}
-    assert {"quickstart", "gsm8k-smoke"} <= names
-    for path in SHIPPED_RECIPES.glob("*.toml"):
-        assert load_recipe(path).run.name
-
-
 @pytest.fixture
 def smoke(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("RETOOL_DATA", str(shared_data))
