@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from retool import rl, sft
 from retool.algo.batch import Sample, micro_batches
 from retool.config import OptimConfig, Recipe, RLConfig, make_recipe
+from retool.data.sources import open_source
 from retool.engine.learner import Learner, token_logprobs
 from retool.engine.runtime import load_runtime, open_sandbox
 from retool.errors import UserError
 from retool.metrics import definition
 from retool.progress import Progress
+from retool.rollout import run_groups
 from retool.store import RunFolder, read_metrics, read_trajectories
 from retool.types import Finish, StopReason, Task, TokenOutput, Trajectory, TrajectoryGroup, Turn
 from tests.engine.test_learner import CONFIGS, make_model
@@ -254,3 +256,25 @@ def test_a_job_does_not_take_up_another_jobs_run(whole_run: tuple[Path, dict[str
     out, _ = whole_run
     with pytest.raises(UserError, match="holds a run of rl"):
         sft.run(small_recipe(out, "whole"), progress=QUIET)
+
+
+def test_sampler_and_learner_agree_on_log_probabilities(tmp_path: Path) -> None:
+    """The gap is at most 1e-3 in fp32, over turns with code and observations. Rewards are made up, so that every
+    group is learnt from whatever the model answers."""
+    recipe = small_recipe(tmp_path, "gap", run={"deterministic": False})
+    runtime = load_runtime(recipe)
+    tasks = open_source(recipe).train_tasks(0, 6)
+
+    async def roll() -> list[TrajectoryGroup]:
+        async with open_sandbox(recipe) as sandbox:
+            return await run_groups(runtime.rollout(runtime.policy(), sandbox), tasks, 8, seed=0, step=0)
+
+    groups = asyncio.run(roll())
+    for group in groups:
+        for i, trajectory in enumerate(group.trajectories):
+            trajectory.reward = (-1.0) ** i
+    assert sum(len(t.turns) > 1 for g in groups for t in g.trajectories) > 10
+    rl.set_advantages(groups)
+    learner = Learner(runtime.model, recipe.rl.optim, total_steps=1, micro_batch_tokens=2000)
+    metrics = rl.update(learner, groups, RLConfig(prompts=6), 1.0)
+    assert 0 < metrics["training/rollout_logprob_gap_max"] <= 1e-3

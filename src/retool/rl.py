@@ -19,7 +19,7 @@ from retool.algo.losses import ppo_clip
 from retool.config import Recipe, RLConfig
 from retool.data.sources import Source, open_source
 from retool.engine.learner import Learner
-from retool.engine.model import use_threads
+from retool.engine.model import release_memory, use_threads
 from retool.engine.runtime import Runtime, load_runtime, load_trainer_state, open_run, open_sandbox, step_of
 from retool.evaluate import sample as sample_evaluation
 from retool.grading.grader import BoxedGrader, grade_groups
@@ -81,9 +81,11 @@ async def train(
                 grade_groups(groups, BoxedGrader(), REWARDS[config.reward])
                 set_advantages(groups)
             with clock.time("train"):
+                release_memory()
                 use_threads(recipe.run, sandbox=False)
                 metrics = update(learner, groups, config, recipe.rollout.temperature)
                 policy.weights_updated()
+                release_memory()
             metrics |= rollout_metrics(groups)
             if config.eval_every and (step + 1) % config.eval_every == 0:
                 with clock.time("eval"):
