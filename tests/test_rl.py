@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from retool import rl, sft
+from retool import evaluate, rl, sft
 from retool.algo.batch import Sample, micro_batches
 from retool.config import OptimConfig, Recipe, RLConfig, make_recipe
 from retool.data.sources import open_source
@@ -278,3 +278,10 @@ def test_sampler_and_learner_agree_on_log_probabilities(tmp_path: Path) -> None:
     learner = Learner(runtime.model, recipe.rl.optim, total_steps=1, micro_batch_tokens=2000)
     metrics = rl.update(learner, groups, RLConfig(prompts=6), 1.0)
     assert 0 < metrics["training/rollout_logprob_gap_max"] <= 1e-3
+
+
+def test_a_job_that_cannot_load_its_model_leaves_no_folder(tmp_path: Path) -> None:
+    for run in (rl.run, sft.run, evaluate.run):
+        with pytest.raises(UserError, match="nowhere"):
+            run(small_recipe(tmp_path, "x", model={"path": "nowhere/at/all"}), progress=QUIET)
+    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from typing import Any
 from retool.config import Recipe
 from retool.data.sources import open_source
 from retool.engine.model import use_threads
-from retool.engine.runtime import Runtime, load_runtime, open_run, open_sandbox
+from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, open_sandbox
 from retool.grading.grader import BoxedGrader, grade_groups
 from retool.grading.rewards import REWARDS
 from retool.metrics import evaluation_summary
@@ -24,10 +24,11 @@ EVAL_STEP = -1
 
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: evaluate the recipe's model on its split. Returns what ``summary.json`` holds."""
-    folder, _ = open_run(recipe, "eval")
+    find_checkpoint(recipe, "eval")  # refuses the folder of another job
     runtime = load_runtime(recipe)
-    folder.write_environment(job="eval", seed=recipe.run.seed, device=str(runtime.model.device))
     tasks = open_source(recipe).eval_tasks(recipe.data.test_split, recipe.data.test_size)
+    folder = begin_run(recipe)
+    folder.write_environment(job="eval", seed=recipe.run.seed, device=str(runtime.model.device))
 
     async def job() -> list[TrajectoryGroup]:
         async with open_sandbox(recipe) as sandbox:

@@ -20,7 +20,15 @@ from retool.config import Recipe, RLConfig
 from retool.data.sources import Source, open_source
 from retool.engine.learner import Learner
 from retool.engine.model import release_memory, use_threads
-from retool.engine.runtime import Runtime, load_runtime, load_trainer_state, open_run, open_sandbox, step_of
+from retool.engine.runtime import (
+    Runtime,
+    begin_run,
+    find_checkpoint,
+    load_runtime,
+    load_trainer_state,
+    open_sandbox,
+    step_of,
+)
 from retool.evaluate import sample as sample_evaluation
 from retool.grading.grader import BoxedGrader, grade_groups
 from retool.grading.rewards import REWARDS
@@ -34,8 +42,9 @@ from retool.types import TrajectoryGroup
 
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: load, train, leave checkpoints. Returns what ``summary.json`` holds."""
-    folder, checkpoint = open_run(recipe, "rl")
+    checkpoint = find_checkpoint(recipe, "rl")
     runtime = load_runtime(recipe, checkpoint)
+    folder = begin_run(recipe, checkpoint)
 
     async def job() -> dict[str, Any]:
         async with open_sandbox(recipe) as sandbox:

@@ -14,7 +14,7 @@ from retool.config import Recipe
 from retool.data.sources import open_source
 from retool.engine.learner import Learner
 from retool.engine.model import use_threads
-from retool.engine.runtime import Runtime, load_runtime, load_trainer_state, open_run, step_of
+from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, load_trainer_state, step_of
 from retool.errors import DataError
 from retool.formats.hermes import HermesFormat
 from retool.progress import Progress
@@ -24,8 +24,9 @@ from retool.types import Conversation
 
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: load, train, leave a checkpoint. Returns what ``summary.json`` holds."""
-    folder, checkpoint = open_run(recipe, "sft")
+    checkpoint = find_checkpoint(recipe, "sft")
     runtime = load_runtime(recipe, checkpoint)
+    folder = begin_run(recipe, checkpoint)
     return train(runtime, folder, progress=progress, done=step_of(checkpoint))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -86,36 +87,36 @@ async def open_sandbox(recipe: Recipe) -> AsyncIterator[LocalSandbox]:
         await sandbox.close()
 
 
-def open_run(recipe: Recipe, job: str) -> tuple[RunFolder, Path | None]:
-    """The run folder, and the checkpoint to go on from where the same job and recipe have left one there.
+def find_checkpoint(recipe: Recipe, job: str) -> Path | None:
+    """The checkpoint to go on from, where the same job and recipe have left one in the recipe's run folder. Makes
+    nothing: a job that cannot load what it needs leaves no folder behind.
 
     Raises:
         UserError: the folder holds another job or another recipe, or ``run.resume`` is never and there is one.
     """
     path = Path(recipe.run.out) / recipe.run.name
-    found = path.exists()
-    folder = RunFolder(path)
-    checkpoint = folder.latest_checkpoint() if found else None
-    if found and folder.config():
-        if recipe.run.resume == "never":
-            raise UserError(f"run.name = {recipe.run.name!r}: {path} exists already; choose another name or remove it")
-        other = folder.environment().get("job", job)
-        if other != job:
-            raise UserError(f"run.name = {recipe.run.name!r}: {path} holds a run of {other}; choose another name")
-        if checkpoint and folder.config() != _as_tree(recipe):
-            raise UserError(
-                f"run.name = {recipe.run.name!r}: {path} holds a run with other settings; choose another name, remove "
-                "it, or give the same settings to go on"
-            )
+    if not path.exists() or not (folder := RunFolder(path)).config():
+        return None
+    if recipe.run.resume == "never":
+        raise UserError(f"run.name = {recipe.run.name!r}: {path} exists already; choose another name or remove it")
+    other = folder.environment().get("job", job)
+    if other != job:
+        raise UserError(f"run.name = {recipe.run.name!r}: {path} holds a run of {other}; choose another name")
+    checkpoint = folder.latest_checkpoint()
+    if checkpoint and folder.config() != tomllib.loads(recipe_toml(recipe)):
+        raise UserError(
+            f"run.name = {recipe.run.name!r}: {path} holds a run with other settings; choose another name, remove it, "
+            "or give the same settings to go on"
+        )
+    return checkpoint
+
+
+def begin_run(recipe: Recipe, checkpoint: Path | None = None) -> RunFolder:
+    """The recipe's run folder, made or taken up after ``checkpoint``: what came later is forgotten."""
+    folder = RunFolder(Path(recipe.run.out) / recipe.run.name)
     folder.write_config(recipe)
     folder.rewind(step_of(checkpoint))
-    return folder, checkpoint
-
-
-def _as_tree(recipe: Recipe) -> dict[str, Any]:
-    import tomllib
-
-    return tomllib.loads(recipe_toml(recipe))
+    return folder
 
 
 def step_of(checkpoint: Path | None) -> int:
