@@ -4,8 +4,8 @@
 
 The model is fine-tuned first, as in the quickstart, so that trajectories call the tool and both kinds of turn occur.
 *trainer* is the resident memory of this process; *sandbox* is the proportional share (PSS) of its zygote and their
-children. The slope is that of a straight line through the steps after the warm-up (least squares): memory that grows
-with the number of steps shows as a slope that stays what it is when the run is made longer.
+children. The slope is the median of the slopes between any two steps after the warm-up (Theil and Sen): what an
+allocator holds on to after one large batch moves it little, and memory that grows with every step moves it fully.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import asyncio
 import os
 import statistics
 import tempfile
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,9 @@ class Watched(RunFolder):
 
 
 def slope(values: list[float]) -> float:
-    """Growth a step, by least squares, after the warm-up."""
-    first = round(len(values) * WARM_UP_SHARE)
-    return statistics.linear_regression(range(first, len(values)), values[first:]).slope
+    """Growth a step after the warm-up, Theil–Sen's estimate."""
+    later = list(enumerate(values))[round(len(values) * WARM_UP_SHARE) :]
+    return statistics.median((v - u) / (b - a) for (a, u), (b, v) in combinations(later, 2))
 
 
 def main() -> None:
@@ -121,7 +122,11 @@ def main() -> None:
 
         asyncio.run(job())
     for name, values in (("trainer", folder.trainer_mb), ("sandbox", folder.sandbox_mb)):
-        print(f"{name}: {100 * slope(values):+.1f} MB in 100 steps after the warm-up, at most {max(values):.0f} MB")
+        highest = max(values)
+        print(
+            f"{name}: {100 * slope(values):+.1f} MB in 100 steps after the warm-up, "
+            f"at most {highest:.0f} MB (step {values.index(highest) + 1})"
+        )
     print(f"peak of the trainer: {peak_mb():.0f} MB")
 
 

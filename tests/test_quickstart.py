@@ -21,7 +21,8 @@ from retool.store import RunFolder, read_trajectories
 
 SMALL = [
     "run.threads=1", "data.test_size=8", "sft.steps=2", "sft.batch_size=4", "rl.steps=2", "rl.prompts=2",
-    "rl.group_size=2", "rl.minibatch_prompts=1", "sandbox.workers=2", "eval.bootstrap=100", "rollout.max_response_tokens=48",
+    "rl.group_size=2", "rl.minibatch_prompts=1", "sandbox.workers=2", "eval.bootstrap=100",
+    "rollout.max_response_tokens=48",
 ]  # fmt: skip
 
 

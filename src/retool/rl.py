@@ -92,7 +92,7 @@ async def train(
             with clock.time("train"):
                 release_memory()
                 use_threads(recipe.run, sandbox=False)
-                metrics = update(learner, groups, config, recipe.rollout.temperature)
+                metrics = update(learner, groups, config, recipe.rollout.temperature or 1.0)
                 policy.weights_updated()
                 release_memory()
             metrics |= rollout_metrics(groups)
@@ -101,10 +101,11 @@ async def train(
                     metrics |= await validate(runtime, source, sandbox, config.eval_size, step)
             with clock.time("save"):
                 folder.write_step(step + 1, groups)
-                if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
-                    summary["checkpoint"] = str(runtime.save_checkpoint(folder, step + 1, learner))
             metrics |= clock.seconds() | throughput(groups, clock)
             tracker.log(step + 1, metrics)
+            # Last: a checkpoint stands for a step whose trajectories and metrics are on the disk already.
+            if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
+                summary["checkpoint"] = str(runtime.save_checkpoint(folder, step + 1, learner))
             stage.advance(**figures(metrics))
     tracker.close()
     folder.write_summary(summary)
