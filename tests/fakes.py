@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,13 @@ from transformers import PreTrainedTokenizerFast
 
 import retool.nano
 from retool.types import ExecutionResult, ExecutionStatus, Finish, SamplingParams, TokenOutput
+
+
+def hear_ctrl_c() -> None:
+    """For ``preexec_fn``: a program whose caller ignores Ctrl-C (a shell's background job, some CI runners) would
+    inherit that, and a test could not send it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 
 NANO_TEMPLATE = (Path(retool.nano.__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

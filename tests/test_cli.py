@@ -15,6 +15,7 @@ import pytest
 from retool.cli import Job, main
 from retool.config import Recipe, make_recipe
 from retool.errors import InvariantError, SandboxBroken, UserError
+from tests.fakes import hear_ctrl_c
 
 RETOOL = [sys.executable, "-m", "retool.cli"]
 
@@ -216,7 +217,11 @@ def test_a_signal_ends_a_job_cleanly(
 ) -> None:
     program = JOB.format(busy=BUSY[busy], ignored=ignored)
     process = subprocess.Popen(
-        [sys.executable, "-c", program, recipe_file], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, recipe_file],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_ctrl_c,
     )
     assert process.stdout is not None
     try:
@@ -231,7 +236,11 @@ def test_a_signal_ends_a_job_cleanly(
 def test_an_ignored_ctrl_c_stays_ignored(recipe_file: str) -> None:
     program = JOB.format(busy="started(); time.sleep(1)", ignored=True)
     process = subprocess.Popen(
-        [sys.executable, "-c", program, recipe_file], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, recipe_file],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_ctrl_c,
     )
     assert process.stdout is not None
     try:

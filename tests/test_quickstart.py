@@ -18,6 +18,7 @@ from retool.config import SHIPPED_RECIPES, Recipe, load_recipe
 from retool.errors import UserError
 from retool.progress import Progress
 from retool.store import RunFolder, read_trajectories
+from tests.fakes import hear_ctrl_c
 
 SMALL = [
     "run.threads=1", "data.test_size=8", "sft.steps=2", "sft.batch_size=4", "rl.steps=2", "rl.prompts=2",
@@ -109,7 +110,11 @@ def test_a_signal_ends_everything_and_keeps_the_last_checkpoint(
 ) -> None:
     command = [sys.executable, "-m", "retool.cli", "quickstart", *SMALL, "rl.steps=10000", "rl.save_every=1"]
     process = subprocess.Popen(
-        [*command, f"run.out={tmp_path}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        [*command, f"run.out={tmp_path}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     )
     checkpoints = tmp_path / "quickstart" / "grpo" / "checkpoints"
     deadline = time.monotonic() + 120
