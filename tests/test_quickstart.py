@@ -117,15 +117,18 @@ def test_a_signal_ends_everything_and_keeps_the_last_checkpoint(
         preexec_fn=hear_ctrl_c,
     )
     checkpoints = tmp_path / "quickstart" / "grpo" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step_*")):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    children = children_of(process.pid)
-    assert children, "the sandbox should be running"
-    os.kill(process.pid, sent)
-    _, errors = process.communicate(timeout=30)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(checkpoints.glob("step_*")):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        children = children_of(process.pid)
+        assert children, "the sandbox should be running"
+        os.kill(process.pid, sent)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()  # a test that fails must not leave a training run behind
     assert process.returncode == code, errors
     assert b"Traceback" not in errors
     gone = time.monotonic() + 10
