@@ -203,19 +203,8 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("busy", BUSY)
-@pytest.mark.parametrize(
-    ("signum", "ignored", "code", "says"),
-    [
-        (signal.SIGINT, False, 130, "retool: interrupted\n"),
-        (signal.SIGTERM, False, 143, "retool: terminated\n"),
-        (signal.SIGTERM, True, 143, "retool: terminated\n"),
-    ],
-)
-def test_a_signal_ends_a_job_cleanly(
-    busy: str, signum: signal.Signals, ignored: bool, code: int, says: str, recipe_file: str
-) -> None:
-    program = JOB.format(busy=BUSY[busy], ignored=ignored)
+def signal_job(program: str, recipe_file: str, signum: signal.Signals) -> tuple[int, str, str]:
+    """Start the program, send it the signal once it has started, and answer its exit code and what it printed."""
     process = subprocess.Popen(
         [sys.executable, "-c", program, recipe_file],
         stdout=subprocess.PIPE,
@@ -230,26 +219,30 @@ def test_a_signal_ends_a_job_cleanly(
         out, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert (process.returncode, out, err) == (code, "cleaned up\n", says)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("busy", BUSY)
+@pytest.mark.parametrize(
+    ("signum", "ignored", "code", "says"),
+    [
+        (signal.SIGINT, False, 130, "retool: interrupted\n"),
+        (signal.SIGTERM, False, 143, "retool: terminated\n"),
+        (signal.SIGTERM, True, 143, "retool: terminated\n"),
+    ],
+)
+def test_a_signal_ends_a_job_cleanly(
+    busy: str, signum: signal.Signals, ignored: bool, code: int, says: str, recipe_file: str
+) -> None:
+    program = JOB.format(busy=BUSY[busy], ignored=ignored)
+    ended = signal_job(program, recipe_file, signum)
+    assert ended == (code, "cleaned up\n", says)
 
 
 def test_an_ignored_ctrl_c_stays_ignored(recipe_file: str) -> None:
     program = JOB.format(busy="started(); time.sleep(1)", ignored=True)
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, recipe_file],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_ctrl_c,
-    )
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline() == "started\n"
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert (process.returncode, out, err) == (0, "cleaned up\n", "")
+    ended = signal_job(program, recipe_file, signal.SIGINT)
+    assert ended == (0, "cleaned up\n", "")
 
 
 def test_sigterm_is_left_as_it_was(recipe_file: str) -> None:

@@ -56,19 +56,15 @@ async def sample(
     use_threads(recipe.run, sandbox=recipe.rollout.tools)
     config = recipe.rollout.model_copy(update={"temperature": recipe.eval.temperature, "top_p": recipe.eval.top_p})
     rollout = replace(runtime.rollout(runtime.policy(), sandbox), config=config)
-    total = len(tasks) * recipe.eval.k
-    if progress is None:
-        groups = await run_groups(rollout, tasks, recipe.eval.k, seed=recipe.run.seed, step=step)
-    else:
-        with progress.stage(label, total=total) as stage:
-            groups = await run_groups(
-                rollout,
-                tasks,
-                recipe.eval.k,
-                seed=recipe.run.seed,
-                step=step,
-                on_trajectory=lambda _: stage.advance(),
-            )
+    with (progress or Progress(quiet=True)).stage(label, total=len(tasks) * recipe.eval.k) as stage:
+        groups = await run_groups(
+            rollout,
+            tasks,
+            recipe.eval.k,
+            seed=recipe.run.seed,
+            step=step,
+            on_trajectory=lambda _: stage.advance(),
+        )
     grade_groups(groups, BoxedGrader(), REWARDS[recipe.rl.reward])
     return groups
 

@@ -101,7 +101,7 @@ async def train(
                     metrics |= await validate(runtime, source, sandbox, config.eval_size, step)
             with clock.time("save"):
                 folder.write_step(step + 1, groups)
-            metrics |= clock.seconds() | throughput(groups, clock)
+            metrics |= clock.seconds() | throughput(groups, metrics, clock)
             tracker.log(step + 1, metrics)
             # Last: a checkpoint stands for a step whose trajectories and metrics are on the disk already.
             if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
@@ -217,12 +217,10 @@ class Clock:
         return {f"timing_s/{part}": s for part, s in self.parts.items()} | {"timing_s/step": sum(self.parts.values())}
 
 
-def throughput(groups: list[TrajectoryGroup], clock: Clock) -> dict[str, float]:
+def throughput(groups: list[TrajectoryGroup], metrics: dict[str, float], clock: Clock) -> dict[str, float]:
     """Tokens a second, sampled ones over the rollout and all of them over the step."""
-    trajectories = [t for g in groups for t in g.trajectories]
-    sampled = sum(len(turn.output.token_ids) for t in trajectories for turn in t.turns)
-    total = sum(len(t.prompt_ids) + t.response_length for t in trajectories)
+    total = sum(len(t.prompt_ids) + t.response_length for g in groups for t in g.trajectories)
     return {
-        "perf/rollout_tokens_per_s": sampled / max(1e-9, clock.parts["rollout"]),
+        "perf/rollout_tokens_per_s": metrics.get("tokens/sampled", 0.0) / max(1e-9, clock.parts["rollout"]),
         "perf/throughput": total / max(1e-9, sum(clock.parts.values())),
     }

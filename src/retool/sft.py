@@ -6,13 +6,10 @@ import random
 import time
 from typing import Any
 
-from torch import Tensor
-
-from retool.algo.batch import MicroBatch, Sample
-from retool.algo.losses import nll
+from retool.algo.batch import Sample
 from retool.config import Recipe
 from retool.data.sources import open_source
-from retool.engine.learner import Learner
+from retool.engine.learner import Learner, supervised
 from retool.engine.model import use_threads
 from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, load_trainer_state, step_of
 from retool.errors import DataError
@@ -82,11 +79,6 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
     tracker.close()
     folder.write_summary(summary)
     return summary
-
-
-def supervised(logprobs_N: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The learner's loss for demonstrations."""
-    return nll(logprobs_N), {}
 
 
 def encode(conversations: list[Conversation], fmt: HermesFormat, max_tokens: int) -> tuple[list[Sample], int]:

@@ -11,8 +11,7 @@ from retool.algo.batch import MicroBatch, Sample, micro_batches
 from retool.algo.losses import ppo_clip
 from retool.config import OptimConfig
 from retool.engine import learner as learner_module
-from retool.engine.learner import Learner, Loss, token_logprobs
-from retool.sft import supervised
+from retool.engine.learner import Learner, Loss, supervised, token_logprobs
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

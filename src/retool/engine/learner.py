@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from retool.algo.batch import MicroBatch, Sample, micro_batches
+from retool.algo.losses import nll
 from retool.config import OptimConfig
 from retool.engine.attention import SharedPrefix
 from retool.engine.optim import lr_share, make_optimizers
@@ -21,6 +22,11 @@ are wanted, each chunk's logits are made again in the backward pass."""
 
 Loss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 """``(logprobs_N, batch) → (loss_N, values to log, [N] each)``."""
+
+
+def supervised(logprobs_N: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss for demonstrations and plain text."""
+    return nll(logprobs_N), {}
 
 
 def _chunk_logprobs(head: Any, hidden_ND: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

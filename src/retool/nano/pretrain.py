@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from retool.algo.batch import MicroBatch, Sample
-from retool.algo.losses import nll
+from retool.algo.batch import Sample
 from retool.config import OptimConfig, RunConfig
 from retool.data.corpus import FACTS, documents
 from retool.data.prompts import SYSTEM_PROMPT
 from retool.engine.attention import NAME as ATTENTION
-from retool.engine.learner import Learner
+from retool.engine.learner import Learner, supervised
 from retool.engine.model import NANO, prepare_torch, save_model_aside
 from retool.formats.calls import TOOL_SCHEMA
 from retool.formats.hermes import HermesFormat
@@ -107,10 +105,6 @@ def encode(document: Conversation | str, fmt: HermesFormat, tokenizer: Any) -> S
     return Sample(*fmt.conversation_ids(document.messages, tools=document.tools))
 
 
-def _loss(logprobs_N: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return nll(logprobs_N), {}
-
-
 def pretrain(out: Path, *, steps: int, seed: int, threads: int, progress: Progress) -> dict[str, float]:
     """Train the tokenizer and the model, and write both to ``out`` in Hugging Face layout.
 
@@ -136,7 +130,7 @@ def pretrain(out: Path, *, steps: int, seed: int, threads: int, progress: Progre
     tokens = 0.0
     with progress.stage("pre-training", total=steps) as stage:
         for step in range(steps):
-            metrics = learner.update(list(islice(stream, BATCH)), _loss)
+            metrics = learner.update(list(islice(stream, BATCH)), supervised)
             tokens += metrics["tokens"]
             if step % 250 == 249 or step == steps - 1:
                 metrics["held_out"] = learner.evaluate_loss(held_out)
