@@ -113,14 +113,18 @@ class ScriptedSandbox:
         self.held = held
         self.go: asyncio.Event | None = None
         self.runs: list[tuple[str, float]] = []
+        self.sessions: list[str] = []
+        """Of each run, aligned with ``runs``."""
+        self.released: Counter[str] = Counter()
         self.running = 0
         self.most_running = 0
         self.cancelled = 0
         self.closed = False
 
-    async def execute(self, code: str, timeout_s: float) -> ExecutionResult:
+    async def execute(self, code: str, timeout_s: float, *, session: str = "") -> ExecutionResult:
         count = sum(1 for ran, _ in self.runs if ran == code)
         self.runs.append((code, timeout_s))
+        self.sessions.append(session)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
@@ -136,6 +140,9 @@ class ScriptedSandbox:
         finally:
             self.running -= 1
         return ok(answer) if isinstance(answer, str) else answer
+
+    def release(self, session: str) -> None:
+        self.released[session] += 1
 
     async def close(self) -> None:
         self.closed = True

@@ -45,12 +45,13 @@ def recipe_file(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "verb", [[], ["rl"], ["sft"], ["eval"], ["quickstart"], ["doctor"], ["report"], ["sandbox", "run"]]
+    "verb",
+    [[], ["rl"], ["sft"], ["eval"], ["quickstart"], ["doctor"], ["report"], ["sandbox", "run"], ["sandbox", "serve"]],
 )
 def test_help_loads_nothing_heavy(verb: list[str]) -> None:
     program = (
         "import sys; from retool.cli import main; code = main(sys.argv[1:]);"
-        "heavy = {'torch', 'transformers', 'pydantic', 'rich', 'numpy'} & set(sys.modules);"
+        "heavy = {'torch', 'transformers', 'pydantic', 'rich', 'numpy', 'aiohttp'} & set(sys.modules);"
         "sys.exit(code or ', '.join(heavy) or 0)"
     )
     found = subprocess.run(

@@ -186,3 +186,38 @@ def test_a_recipe_written_is_read_back_equal(text: str, sizes: dict[str, int], l
         }
     )
     assert make_recipe(tomllib.loads(recipe_toml(recipe))) == recipe
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8080", "https://box.example.org/path/", "http://[::1]:80", ""])
+def test_a_services_address_is_a_url(url: str) -> None:
+    assert with_overrides(f"sandbox.url={url}").sandbox.url == url
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8080", "localhost", "ftp://a", "http://", "file:///tmp", "http://[::1", "http://a:b"]
+)
+def test_another_address_is_refused_in_one_line(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^sandbox\.url = .*: give an address like 'http://127\.0\.0\.1:8080'$"):
+        with_overrides(f"sandbox.url={url}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sandbox.url=http://me:s3cret@host",
+        'sandbox.token="s3cret\\n"',
+        "sandbox.token=s3crét",
+        'sandbox.token=" s3cret"',
+    ],
+)
+def test_a_refused_secret_is_not_shown(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"^sandbox\.(url|token) holds ") as raised:
+        with_overrides(override)
+    assert "s3cr" not in str(raised.value)
+
+
+def test_a_recipes_text_has_no_token() -> None:
+    recipe = make_recipe({"sandbox": {"url": "http://h", "token": "s3cret"}})
+    assert recipe.sandbox.token == "s3cret"
+    assert "s3cret" not in recipe_toml(recipe)
+    assert make_recipe(tomllib.loads(recipe_toml(recipe))).sandbox.url == "http://h"

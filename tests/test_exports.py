@@ -14,8 +14,8 @@ from retool import errors, protocols, types
 from retool.cli import cli
 from retool.config import Recipe
 
-TYPES = """Conversation ExecutionResult ExecutionStatus Finish Grade Message SamplingParams StopReason Task TokenOutput
-ToolCall Trajectory TrajectoryGroup Turn"""
+TYPES = """Conversation Execution ExecutionRequest ExecutionResult ExecutionStatus Finish Grade Message SamplingParams
+StopReason Task TokenOutput ToolCall Trajectory TrajectoryGroup Turn"""
 ERRORS = "ConfigError DataError InfraError InvariantError ReToolError SandboxBroken SandboxRefused UserError"
 PROTOCOLS = "Grader Policy Sandbox Task ToolFormat Tracker"
 ENUMS = {
@@ -30,6 +30,8 @@ COMMANDS = {
     "rl": "recipe overrides --engine --quiet --dry-run",
     "eval": "recipe overrides --engine --quiet --dry-run --model",
     "sandbox run": "file --timeout --memory-mb --json",
+    "sandbox serve": """--host --port --token --workers --timeout --memory-mb --output-kb --file-mb --tier --max-queue
+        --preload --drain --access-log --quiet""",
     "report": "run",
 }
 OPTIM = "name lr muon_lr betas weight_decay warmup_steps schedule final_lr_share grad_clip"
@@ -37,7 +39,8 @@ SETTINGS = {
     "run": "name out seed deterministic resume threads",
     "model": "path tokenizer dtype device random_init",
     "data": "source train_file test_file train_size test_size test_split sft_tool_share",
-    "sandbox": "workers timeout_s memory_mb output_kb preload retries",
+    "sandbox": """tier workers timeout_s cpu_s memory_mb output_kb file_mb max_files processes stateful session_idle_s
+        preload retries url token concurrency""",
     "rollout": """format tools max_turns max_response_tokens max_context max_observation_tokens max_malformed
         temperature top_p top_k""",
     "engine": "kv_budget_mb max_live prefill_chunk",

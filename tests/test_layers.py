@@ -42,7 +42,7 @@ TABLE: dict[str, Row] = {
     "formats": row(1, *GROUND, packages="tokenizers transformers"),
     "data": row(1, *GROUND, *MIDDLE, packages="pyarrow"),
     "grading": row(1, *GROUND, packages="math_verify sympy latex2sympy2_extended"),
-    "sandbox": row(1, *GROUND),
+    "sandbox": row(1, *GROUND, packages="aiohttp prometheus_client pydantic pydantic_core"),
     "store": row(1, *GROUND, packages="pyarrow numpy"),
     "metrics": row(1, *GROUND, packages="numpy"),
     "progress": row(1, packages="rich"),

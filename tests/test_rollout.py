@@ -340,7 +340,7 @@ def test_an_error_ends_everything_and_is_raised_as_it_is(error: Exception) -> No
     held = ScriptedSandbox(calculator, held=True)
 
     class Mixed(ScriptedSandbox):
-        async def execute(self, code: str, timeout_s: float) -> ExecutionResult:
+        async def execute(self, code: str, timeout_s: float, *, session: str = "") -> ExecutionResult:
             if held.running < 5:
                 return await held.execute(code, timeout_s)
             return await super().execute(code, timeout_s)
@@ -407,6 +407,67 @@ def test_sampling_parameters_reach_the_policy() -> None:
     assert second.max_tokens == 1_000 - (len(policy.asked[1].ids) - len(policy.asked[0].ids))
     assert first.stop_token_ids == (FMT.end_id,)
     assert [p.seed for p in (first, second)] == [turn_seed(11, 5, "t1", 3, turn) for turn in (0, 1)]
+
+
+# One interpreter for a whole trajectory.
+
+
+def play_statefully(
+    policy: ScriptedPolicy, sandbox: ScriptedSandbox, *, retries: int = 2, **changes: Any
+) -> Trajectory:
+    rollout = Rollout(policy, FMT, sandbox, config(**changes), 7.0, retries, stateful=True)
+    return asyncio.run(run_trajectory(rollout, TASK, 3, seed=11, step=5))
+
+
+def test_a_stateful_trajectory_is_one_session_that_is_released() -> None:
+    sandbox = ScriptedSandbox(calculator)
+    trajectory = play_statefully(says(call("a = 1") + call("a"), call("a + 1"), ANSWER), sandbox)
+    assert trajectory.stop_reason is StopReason.ANSWERED
+    assert sandbox.sessions == ["5/t1/3"] * 3
+    assert sandbox.released == {"5/t1/3": 1}
+
+
+def test_a_stateless_trajectory_has_no_session() -> None:
+    sandbox = ScriptedSandbox(calculator)
+    play(says(call("1"), ANSWER), sandbox)
+    assert sandbox.sessions == [""]
+    assert not sandbox.released
+
+
+def test_the_calls_of_a_stateful_turn_run_in_order() -> None:
+    sandbox = ScriptedSandbox(calculator)
+    trajectory = play_statefully(says(call("3*3") + BROKEN + call("2+2"), ANSWER), sandbox)
+    assert sandbox.most_running == 1
+    assert [code for code, _ in sandbox.runs] == ["3*3", "2+2"]
+    assert trajectory.turns[0].executions == [ok("9\n"), None, ok("4\n")]
+
+
+def test_a_lost_interpreter_is_not_tried_again() -> None:
+    """Its state is lost: a second try would blame the model for names that were there."""
+    sandbox = ScriptedSandbox(lambda code, count: infra() if code == "a" else "fine")
+    policy = says(call("a = 1"), call("a") + call("b"), ANSWER)
+    trajectory = play_statefully(policy, sandbox)
+    assert trajectory.stop_reason is StopReason.INFRA
+    assert [code for code, _ in sandbox.runs] == ["a = 1", "a"]
+    assert trajectory.turns[1].executions == [infra(), None]
+    assert sandbox.released == {"5/t1/3": 1}
+
+
+def test_a_session_is_released_when_the_trajectory_is_cancelled() -> None:
+    sandbox = ScriptedSandbox(calculator, held=True)
+    rollout = Rollout(says(call("1") + call("2")), FMT, sandbox, config(), stateful=True)
+
+    async def main() -> None:
+        job = asyncio.ensure_future(run_groups(rollout, [TASK], 3, seed=0, step=0))
+        while sandbox.running < 3:
+            await asyncio.sleep(0)
+        job.cancel()
+        await job
+
+    raised, left = run_and_look(main)
+    assert isinstance(raised, asyncio.CancelledError)
+    assert (left, sandbox.running) == (0, 0)
+    assert sandbox.released == {f"0/t1/{sample}": 1 for sample in range(3)}
 
 
 # Seeds.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -169,6 +171,22 @@ def test_the_config_is_the_recipe_with_every_default(tmp_path: Path) -> None:
     tree = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
     assert make_recipe(tree) == recipe
     assert tree["rl"]["clip_high"] == 0.28 and run.config() == tree
+
+
+def test_the_token_of_a_sandbox_service_stays_out_of_the_run_folder(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from retool.config import load_recipe; from retool.store import RunFolder\n"
+        "run = RunFolder(Path(sys.argv[1])); run.write_config(load_recipe(sys.argv[2], sys.argv[3:]))\n"
+        "run.write_environment(seed=0, device='cpu')"
+    )
+    (tmp_path / "r.toml").write_text("")
+    arguments = [str(tmp_path / "run"), str(tmp_path / "r.toml"), "sandbox.token = s3cret", "sandbox.url=http://h"]
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True)
+    written = {path.name: path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert set(written) == {"config.toml", "environment.json"}
+    assert not any("s3cret" in text for text in written.values())
+    assert RunFolder(tmp_path / "run").environment()["command"][-2:] == ["sandbox.token =…", "sandbox.url=http://h"]
 
 
 def test_the_environment_names_versions_and_seed(tmp_path: Path) -> None:

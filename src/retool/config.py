@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -78,15 +79,65 @@ class DataConfig(Section):
 
 
 class SandboxConfig(Section):
+    tier: Literal["full", "userns", "restricted"] = "restricted"
+    """The least isolation to accept; below it the sandbox refuses to start. What each tier holds is in
+    docs/sandbox.md."""
     workers: int = Field(default=0, ge=0)
-    """Pre-forked children; 0: 2 × cores + 8."""
+    """Programs that run at a time; 0: 2 × cores + 8."""
     timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    """Wall-clock seconds of one run."""
+    cpu_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """CPU seconds of each of a run's processes; 0: what all cores can give within its wall-clock time."""
     memory_mb: int = Field(default=1024, ge=32)
+    """Memory of one run, and the most that a request may ask for. As address space it is every process's limit; in
+    tier ``full`` it is also the limit of all of a run's processes together, with its files."""
     output_kb: int = Field(default=64, ge=1)
-    preload: list[str] = Field(default_factory=lambda: ["math", "random", "itertools", "fractions", "decimal"])
-    """Modules that the zygote imports once, so that runs need not; missing ones are skipped."""
+    """KiB of stdout, and again of stderr; a run that writes more is ended."""
+    file_mb: int = Field(default=64, ge=1)
+    """Each run's private disk, in memory (tiers ``full`` and ``userns``); the largest file in each tier."""
+    max_files: int = Field(default=1024, ge=16)
+    """Files and folders on that disk."""
+    processes: int = Field(default=64, ge=1)
+    """Processes and threads of one run; tier ``restricted`` allows threads only."""
+    stateful: bool = False
+    """One interpreter for all the calls of a trajectory, instead of a fresh one for each, as in the paper."""
+    session_idle_s: float = Field(default=300.0, gt=0, allow_inf_nan=False)
+    """A stateful interpreter that gets no code for so long is ended."""
+    preload: list[str] = Field(
+        default_factory=lambda: ["math", "random", "itertools", "fractions", "decimal", "numpy", "scipy", "sympy"]
+    )
+    """Modules that are imported and called once, so that runs need not; missing ones are skipped."""
     retries: int = Field(default=2, ge=0)
     """How often an ``infra`` execution is tried again."""
+    url: str = ""
+    """Not empty: send the code to this service (``retool sandbox serve``, or any that speaks SandboxFusion's HTTP API)
+    instead of running it here; the isolation is then the service's own business."""
+    token: str = ""
+    """What the service wants to see, e.g. ``${RETOOL_SANDBOX_TOKEN}``."""
+    concurrency: int = Field(default=64, ge=1)
+    """Requests to the service at a time."""
+
+    @field_validator("url")
+    @classmethod
+    def _reachable(cls, url: str) -> str:
+        if "@" in url:
+            raise ValueError("sandbox.url holds a user or a password: put the secret into sandbox.token")
+        try:
+            parts = urlsplit(url)
+            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # half an IPv6 address, or a port that is no number
+            known = False
+        if url and not known:
+            raise ValueError(f"sandbox.url = {url!r}: give an address like 'http://127.0.0.1:8080'")
+        return url
+
+    @field_validator("token")
+    @classmethod
+    def _fits_a_header(cls, token: str) -> str:
+        if not (token.isascii() and token.isprintable() and token == token.strip()):
+            # The value itself is a secret.
+            raise ValueError("sandbox.token holds characters that HTTP cannot carry: use letters, digits and signs")
+        return token
 
 
 class RolloutConfig(Section):
@@ -341,7 +392,10 @@ def recipe_path(name: str | Path) -> Path:
 
 
 def recipe_toml(recipe: Recipe) -> str:
-    """The whole recipe, defaults included, as TOML that ``load_recipe`` reads back to an equal one."""
+    """The whole recipe, defaults included, as TOML that ``load_recipe`` reads back to an equal one, but for
+    ``sandbox.token``: people keep and share this text, and a secret must not be in it."""
     import tomli_w
 
-    return tomli_w.dumps(recipe.model_dump(mode="json"))
+    tree = recipe.model_dump(mode="json")
+    tree["sandbox"]["token"] = ""
+    return tomli_w.dumps(tree)

@@ -24,13 +24,19 @@ class Policy(Protocol):
 class Sandbox(Protocol):
     """Runs code that nobody trusts."""
 
-    async def execute(self, code: str, timeout_s: float) -> ExecutionResult:
+    async def execute(self, code: str, timeout_s: float, *, session: str = "") -> ExecutionResult:
         """Run ``code`` as a Python program. Never raises for what the code did; a fault of the sandbox itself comes
         back as ``ExecutionStatus.INFRA``. Cancelling the call kills the run.
+
+        With a ``session`` the code goes on in the interpreter that the session's earlier runs left behind.
 
         Raises:
             ValueError: ``timeout_s`` is not a positive, finite number.
         """
+        ...
+
+    def release(self, session: str) -> None:
+        """The session is over: end its interpreter. Unknown sessions are ignored."""
         ...
 
     async def close(self) -> None:

@@ -15,8 +15,8 @@ from retool.data.sources import open_source
 from retool.engine.runtime import Runtime, load_runtime, open_sandbox
 from retool.errors import UserError
 from retool.progress import Progress
+from retool.protocols import Sandbox
 from retool.report import write_report
-from retool.sandbox import LocalSandbox
 from retool.store import RunFolder
 
 STAGES = {"base": "base model", "sft": "after SFT", "grpo": "after GRPO", "text_only": "text-only RL"}
@@ -73,7 +73,7 @@ class Quickstart:
         pretrain(path, steps=STEPS, seed=self.recipe.run.seed, threads=self.recipe.run.threads, progress=self.progress)
         return path
 
-    async def text_only(self, checkpoint: Path, sandbox: LocalSandbox) -> None:
+    async def text_only(self, checkpoint: Path, sandbox: Sandbox) -> None:
         """The control: the same start, tasks and budget, and no tool in the prompt."""
         rollout = self.recipe.rollout.model_copy(update={"tools": False})
         runtime = load_runtime(self.recipe.model_copy(update={"rollout": rollout}), checkpoint)
@@ -84,7 +84,7 @@ class Quickstart:
         """The run folder of one stage."""
         return RunFolder(self.folder.path / name)
 
-    async def evaluate(self, stage: str, runtime: Runtime, sandbox: LocalSandbox) -> None:
+    async def evaluate(self, stage: str, runtime: Runtime, sandbox: Sandbox) -> None:
         groups = await evaluate.sample(
             runtime, self.tasks, sandbox, progress=self.progress, label=f"evaluate {STAGES[stage]}"
         )

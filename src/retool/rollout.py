@@ -53,7 +53,10 @@ class Rollout:
     timeout_s: float = 30.0
     """For one run of code."""
     infra_retries: int = 2
-    """How often an ``infra`` execution is tried again before its trajectory is given up."""
+    """How often an ``infra`` execution is tried again before its trajectory is given up; a stateful one is not: the
+    interpreter that the machine lost took the earlier calls' work with it."""
+    stateful: bool = False
+    """One interpreter for all the calls of a trajectory."""
 
     def __post_init__(self) -> None:
         if self.config.tools and self.sandbox is None:
@@ -72,7 +75,8 @@ def session_id(step: int, task_id: str, sample: int) -> str:
 
 
 async def run_trajectory(rollout: Rollout, task: Task, sample: int, *, seed: int, step: int) -> Trajectory:
-    """One attempt at a task, ended by a ``StopReason``. The policy's session is released however this ends.
+    """One attempt at a task, ended by a ``StopReason``. The sessions at the policy and the sandbox are released however
+    this ends.
 
     Raises:
         InvariantError: the policy broke its promise, or the ids are not what was sampled and observed.
@@ -88,6 +92,8 @@ async def run_trajectory(rollout: Rollout, task: Task, sample: int, *, seed: int
             )
     finally:
         rollout.policy.release(session)
+        if rollout.stateful and rollout.sandbox is not None:
+            rollout.sandbox.release(session)
     _check_trajectory(trajectory, ids)
     return trajectory
 
@@ -155,7 +161,7 @@ async def _take_turn(rollout: Rollout, trajectory: Trajectory, ids: list[int], s
         return
 
     started = time.monotonic()
-    executions = await _together(_answer(rollout, call) for call in calls)
+    executions = await _execute(rollout, calls, session)
     trajectory.sandbox_s += time.monotonic() - started
     turn = Turn(output, text, calls, executions)
     trajectory.turns.append(turn)
@@ -205,6 +211,23 @@ def _ending(
     if malformed + sum(call.code is None for call in calls) > config.max_malformed:
         return StopReason.MALFORMED
     return StopReason.MAX_TURNS if len(trajectory.turns) + 1 >= config.max_turns else None
+
+
+async def _execute(rollout: Rollout, calls: list[ToolCall], session: str) -> list[ExecutionResult | None]:
+    """What came of a turn's calls: all at once, or one after the other where they share an interpreter."""
+    if not rollout.stateful:
+        return await _together(_answer(rollout, call) for call in calls)
+    executions: list[ExecutionResult | None] = []
+    for call in calls:
+        lost = any(result is not None and result.status is ExecutionStatus.INFRA for result in executions)
+        executions.append(None if lost else await _continue(rollout, call, session))
+    return executions
+
+
+async def _continue(rollout: Rollout, call: ToolCall, session: str) -> ExecutionResult | None:
+    if call.code is None or rollout.sandbox is None:
+        return None
+    return await rollout.sandbox.execute(call.code, rollout.timeout_s, session=session)
 
 
 async def _answer(rollout: Rollout, call: ToolCall) -> ExecutionResult | None:

@@ -12,6 +12,8 @@ was (or would be) sampled, read from the logits at position ``t - 1``.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -105,6 +107,8 @@ class ExecutionResult:
     duration_s: float = 0.0
     truncated: bool = False
     """True where stdout or stderr is a prefix of what was written."""
+    tier: str = ""
+    """How strongly the sandbox contained the run: ``full``, ``userns``, ``restricted``; empty where it is not known."""
 
     @property
     def text(self) -> str:
@@ -119,6 +123,75 @@ class ExecutionResult:
         elif self.status is ExecutionStatus.KILLED:
             parts.append(f"Killed: exit code {self.exit_code}")
         return "\n".join(part.rstrip("\n") for part in parts)
+
+
+@dataclass(frozen=True)
+class ExecutionRequest:
+    """One run of code: what it gets, and what it may use. A limit that is None is the sandbox's own.
+
+    Raises:
+        ValueError: one line that names the field, the value and the mend.
+    """
+
+    code: str
+    timeout_s: float
+    """Wall-clock seconds."""
+    stdin: bytes = b""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Put into the working folder before the code runs; names are relative paths, e.g. ``data/a.csv``."""
+    fetch: tuple[str, ...] = ()
+    """Files to bring back from the working folder when all the run's processes are dead."""
+    session: str = ""
+    """Not empty: the run goes on in the interpreter that earlier runs of this session left behind."""
+    cpu_s: float | None = None
+    """CPU seconds of each process."""
+    memory_mb: int | None = None
+    output_kb: int | None = None
+    """KiB of stdout, and again of stderr."""
+    file_mb: int | None = None
+    """Size of each file that the run writes."""
+    processes: int | None = None
+    """Processes and threads at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_s", "cpu_s"):
+            seconds = getattr(self, name)
+            if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+                raise ValueError(f"{name} = {seconds!r}: give a positive, finite number of seconds")
+        for name in ("memory_mb", "output_kb", "file_mb", "processes"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} = {limit!r}: give at least 1")
+        for name in (*self.files, *self.fetch):
+            if not is_inner_path(name):
+                raise ValueError(f"file name {name[:100]!r}: give a relative path without '..', as in 'data/a.csv'")
+
+
+MAX_PATH_BYTES = 1024
+"""Of a file that goes into a run or comes back: far below the kernel's PATH_MAX of 4096."""
+_MAX_NAME_BYTES = 255  # NAME_MAX
+
+
+def is_inner_path(name: str) -> bool:
+    """Whether ``name`` can only mean something below the folder that it is relative to (symbolic links apart)."""
+    try:
+        size = len(name.encode())
+        parts = [part.encode() for part in name.split("/")]
+    except UnicodeEncodeError:
+        return False
+    plain = all(part not in (b"", b".", b"..") and len(part) <= _MAX_NAME_BYTES for part in parts)
+    return plain and size <= MAX_PATH_BYTES and "\0" not in name
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What came of an ``ExecutionRequest``."""
+
+    result: ExecutionResult
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """By name, those of ``fetch`` that could be brought back."""
+    not_fetched: Mapping[str, str] = field(default_factory=dict)
+    """By name, why the others were not, e.g. ``a symbolic link``."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from retool.errors import UserError
 from retool.formats.hermes import HermesFormat
 from retool.protocols import Sandbox
 from retool.rollout import Rollout
-from retool.sandbox import LocalSandbox
+from retool.sandbox import choose
 from retool.store import RunFolder, write_directory
 
 TRAINER_STATE = "trainer_state.pt"
@@ -55,6 +55,7 @@ class Runtime:
             config=recipe.rollout,
             timeout_s=recipe.sandbox.timeout_s,
             infra_retries=recipe.sandbox.retries,
+            stateful=recipe.sandbox.stateful,
         )
 
     def save_checkpoint(self, folder: RunFolder, step: int, learner: Learner) -> Path:
@@ -77,11 +78,10 @@ def load_runtime(recipe: Recipe, model_path: Path | None = None) -> Runtime:
 
 
 @asynccontextmanager
-async def open_sandbox(recipe: Recipe) -> AsyncIterator[LocalSandbox]:
+async def open_sandbox(recipe: Recipe) -> AsyncIterator[Sandbox]:
     """The sandbox, closed with everything in it however the job ends."""
-    sandbox = LocalSandbox(recipe.sandbox)
+    sandbox = await choose.open_sandbox(recipe.sandbox)
     try:
-        await sandbox.start()
         yield sandbox
     finally:
         await sandbox.close()

@@ -5,22 +5,25 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-import math
 import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from retool.sandbox.link import Child
-from retool.sandbox.wire import CODE_HEAD, Packet
+from retool.sandbox.wire import Packet
 from retool.types import ExecutionResult, ExecutionStatus
 
 KILL_GRACE_S = 2.0
 """How long a killed run may take to end before it is answered without its wait status: a process in uninterruptible
 sleep ends when it can, and its slot stays set aside until then."""
+NOT_JAILED = 125
+"""Exit code of a child that could not be jailed (keeper.NOT_JAILED), if it has not read its code either."""
+QUIET_S = 0.004
+"""Output is first looked at so long after the start: most runs have ended by then, and are read once, at their end. A
+pipe holds what is written meanwhile, and a writer waits no longer than this."""
 _CHUNK = 1 << 16
 """The capacity of a pipe (pipe(7))."""
 _MEMORY_SHARE = 0.9
@@ -40,70 +43,85 @@ class Limits:
 
 
 class Ending(Enum):
+    ENDED = auto()
+    """The child stands at its end; the kernel says with which exit code."""
     REPORTED = auto()
-    """The zygote passed on the kernel's wait status."""
+    """The keeper passed on the kernel's wait status."""
     OVERDUE = auto()
     """Killed, and still no report after ``KILL_GRACE_S``."""
     NOT_BEGUN = auto()
     """The child died before it had all its code: try another."""
     LOST = auto()
-    """The zygote is gone."""
+    """The keeper or the zygote is gone."""
 
 
 class Run:
-    """One child from the moment it gets its code. ``ended`` is set exactly once."""
+    """One program in a child from the moment it gets its code. ``ended`` is set exactly once."""
 
-    def __init__(self, child: Child, limits: Limits, kill: Callable[[], None], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, child: Child, limits: Limits, loop: asyncio.AbstractEventLoop) -> None:
         self.child = child
         self.ended: asyncio.Future[Ending] = loop.create_future()
         self._limits = limits
-        self._kill = kill
         self._loop = loop
         self._started = 0.0
+        self._ended_at = 0.0
         self._unsent = memoryview(b"")
+        self._writing = False
         self._buffers = (bytearray(), bytearray())
-        self._open: set[int] = set()
+        self._reading: set[int] = set()
         """Descriptors that the loop reads for us."""
+        self._look: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._overflowed = False
         self._expired = False
+        self._code: int | None = None
         self._exit: Packet | None = None
+        self._out_of_memory = False
 
-    def begin(self, source: bytes) -> None:
+    def begin(self, order: bytes) -> None:
         """Send the code and start the clock."""
-        for index, descriptor in enumerate(self.child.outputs):
-            self._loop.add_reader(descriptor, self._read, index)
-            self._open.add(descriptor)
-        self._unsent = memoryview(CODE_HEAD.pack(self._limits.timeout_s, len(source)) + source)
+        self._unsent = memoryview(order)
         self._started = time.monotonic()
         self._timer = self._loop.call_later(self._limits.timeout_s, self._expire)
+        self._look = self._loop.call_later(QUIET_S, self._start_reading)
         self._write()
-        if self._unsent:
+        if self._unsent and not self.ended.done():
+            self._writing = True
             self._loop.add_writer(self.child.code, self._write)
 
     def stop(self) -> None:
         """Take everything back from the loop. Must come before the child's descriptors are closed."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if not self.child.dropped:
-            self._loop.remove_writer(self.child.code)
-        for descriptor in self._open:
+        for timer in (self._timer, self._look):
+            if timer is not None:
+                timer.cancel()
+        self._stop_writing()
+        for descriptor in self._reading:
             self._loop.remove_reader(descriptor)
-        self._open.clear()
+        self._reading.clear()
 
     # -- callbacks -----------------------------------------------------------------------------------------------------
 
     def _write(self) -> None:
         try:
-            self._unsent = self._unsent[self.child.code.send(self._unsent) :]
+            self._unsent = self._unsent[os.write(self.child.code, self._unsent) :]
         except BlockingIOError:
             return
         except OSError:
             # The child is gone; its end will be reported, and ``_unsent`` says that it never began.
-            self._loop.remove_writer(self.child.code)
+            self._stop_writing()
             return
         if not self._unsent:
+            self._stop_writing()
+
+    def _stop_writing(self) -> None:
+        if self._writing:
+            self._writing = False
             self._loop.remove_writer(self.child.code)
+
+    def _start_reading(self) -> None:
+        for index, descriptor in enumerate(self.child.outputs):
+            self._reading.add(descriptor)
+            self._loop.add_reader(descriptor, self._read, index)
 
     def _read(self, index: int) -> bool:
         """One chunk; False where there is nothing more to read for now."""
@@ -115,8 +133,9 @@ class Run:
         except BlockingIOError:
             return False
         if not chunk:
-            self._open.discard(descriptor)
-            self._loop.remove_reader(descriptor)
+            if descriptor in self._reading:
+                self._reading.discard(descriptor)
+                self._loop.remove_reader(descriptor)
             return False
         buffer += chunk[:room]
         if len(chunk) <= room:
@@ -126,23 +145,42 @@ class Run:
         self._kill_and_wait()
         return False
 
+    def _read_rest(self) -> None:
+        """All that is in the pipes. What descendants may still write is not waited for."""
+        for index in range(len(self._buffers)):
+            while not self._overflowed and self._read(index):
+                pass
+
     def _expire(self) -> None:
         if not self.ended.done():
             self._expired = True
             self._kill_and_wait()
 
     def _kill_and_wait(self) -> None:
-        self._kill()
-        self._timer = self._loop.call_later(KILL_GRACE_S, self._end, Ending.OVERDUE)
+        self.child.kill()
+        if not self.ended.done():
+            self._timer = self._loop.call_later(KILL_GRACE_S, self._end, Ending.OVERDUE)
+
+    def on_ended(self, code: int) -> None:
+        """The kernel holds the child at its exit, so all that it wrote is in the pipes."""
+        if self._expired or self._overflowed or self.ended.done():
+            return
+        self._ended_at = time.monotonic()
+        self._code = code
+        self._read_rest()
+        if not self._overflowed:
+            self._end(Ending.ENDED)
 
     def on_exit(self, packet: Packet) -> None:
-        """The kernel's report is here, so all that the program wrote is in the pipes. What its descendants may still
-        write is not waited for."""
+        """The kernel's report is here."""
+        if self.ended.done():
+            return
         self._exit = packet
-        for index in range(len(self._buffers)):
-            while not self._overflowed and self._read(index):
-                pass
-        begun = not self._unsent or self._expired or self._overflowed
+        self._ended_at = packet.at
+        if packet.number & 0x7F:  # ended by a signal
+            self._out_of_memory = self.child.slot.ran_out_of_memory()
+        self._read_rest()
+        begun = self._expired or os.waitstatus_to_exitcode(packet.number) != NOT_JAILED or not self.child.read_nothing()
         self._end(Ending.REPORTED if begun else Ending.NOT_BEGUN)
 
     def on_lost(self) -> None:
@@ -155,37 +193,36 @@ class Run:
 
     # -- the answer ----------------------------------------------------------------------------------------------------
 
-    def result(self) -> ExecutionResult:
+    def result(self, tier: str) -> ExecutionResult:
         """Output cap, deadline and wait status, in this order of precedence; nothing that the program says of itself,
         but for a traceback that ends in MemoryError."""
         stdout, stderr = (_decode(bytes(buffer), self._overflowed) for buffer in self._buffers)
-        ended_at = self._exit.at if self._exit is not None else time.monotonic()
-        duration_s = max(0.0, ended_at - self._started)
+        duration_s = max(0.0, (self._ended_at or time.monotonic()) - self._started)
         status, exit_code = self._status(duration_s, stderr)
-        return ExecutionResult(status, stdout, stderr, exit_code, duration_s, self._overflowed)
+        return ExecutionResult(status, stdout, stderr, exit_code, duration_s, self._overflowed, tier)
 
     def _status(self, duration_s: float, stderr: str) -> tuple[ExecutionStatus, int | None]:
         if self._overflowed:
             return ExecutionStatus.OUTPUT_LIMIT, None
+        if self._code is not None:
+            code = self._code
         # The loop may have been busy when the deadline passed: the time of the end decides, not when we heard of it.
-        if self._exit is None or self._expired or duration_s > self._limits.timeout_s:
+        elif self._exit is None or self._expired or duration_s > self._limits.timeout_s:
             return ExecutionStatus.TIMEOUT, None
-        code = os.waitstatus_to_exitcode(self._exit.number)
+        else:
+            code = os.waitstatus_to_exitcode(self._exit.number)
         if code == 0:
             return ExecutionStatus.OK, 0
         if code > 0:
             return (ExecutionStatus.MEMORY if _ends_in_memory_error(stderr) else ExecutionStatus.ERROR), code
         if -code == signal.SIGXCPU:
             return ExecutionStatus.TIMEOUT, None
-        if -code in _MEMORY_SIGNALS and self._exit.peak_kb > _MEMORY_SHARE * self._limits.memory_kb:
+        if self._out_of_memory or (-code in _MEMORY_SIGNALS and self._used_up_memory()):
             return ExecutionStatus.MEMORY, code
         return ExecutionStatus.KILLED, code
 
-
-def check_timeout(timeout_s: float) -> None:
-    """Raises: ValueError where it is not a positive, finite number."""
-    if not (math.isfinite(timeout_s) and timeout_s > 0):
-        raise ValueError(f"timeout_s = {timeout_s!r}: give a positive, finite number of seconds")
+    def _used_up_memory(self) -> bool:
+        return self._exit is not None and self._exit.peak_kb > _MEMORY_SHARE * self._limits.memory_kb
 
 
 def _ends_in_memory_error(stderr: str) -> bool:

@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, TextIO
 
@@ -24,36 +25,109 @@ FILENAME = "<code>"
 _USER_FILES = (FILENAME, "<string>")
 """Frames that a traceback shows: the program's own and what it gave to ``exec``. Library frames are left out: they
 cost the model tokens and name paths of this machine."""
+CELL_ENDED = 0x100
+"""Beside an exit code: the program has ended, its interpreter waits for the next one."""
 _FLUSH_FAILED = 120
 """CPython's exit code where stdout could not be flushed at the end (Py_FinalizeEx)."""
 
 
+_REHEARSALS = 20
+"""Python specialises a function's code after some calls, and caches what it looks up: what is settled in the zygote
+need not be written, page by page, in every child."""
+
+
 def warm_up() -> None:
-    """Pay the first-time costs of compiling, showing a value and formatting a traceback in the zygote."""
-    try:
-        for part in display.compile_program("1 + 1\n1 / 0", FILENAME):
-            exec(part, {})
-    except ZeroDivisionError as error:
-        shown = traceback.TracebackException.from_exception(error)
-        _keep_user_frames(shown, set())
-        "".join(shown.format())
+    """Pay the first-time costs of everything that a child does for a program, in the zygote."""
+    streams = sys.stdin, sys.stdout, sys.stderr
+    here = os.dup(1), os.dup(2)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (1, 2):
+        os.dup2(null, descriptor)
+    for _ in range(_REHEARSALS):
+        for source in ("print(1 + 1)", "x = 2\nx", "1 / 0", "x ="):
+            main = Main(os.getcwd())
+            main.wake_up()
+            main.run(source)
+            main.is_itself()
+    sys.stdin, sys.stdout, sys.stderr = streams
+    for descriptor, saved in zip((1, 2), here, strict=True):
+        os.dup2(saved, descriptor)
+        os.close(saved)
+    os.close(null)
     linecache.clearcache()
 
 
-def prepare() -> ModuleType:
-    """What can be done before the code is known: streams on descriptors 0–2, fresh random numbers, ``__main__``."""
-    stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
-    for name, stream in (("stdin", stdin), ("stdout", _writer(1)), ("stderr", _writer(2))):
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
-    sys.argv = [FILENAME]
-    _reseed()
-    # Touches the pages that the compiler writes to, so that they are this process's own before anybody waits for it.
-    display.compile_program("print(1 + 1)", FILENAME)
-    main = ModuleType("__main__")
-    main.__dict__["__builtins__"] = builtins
-    sys.modules["__main__"] = main
-    return main
+class Main:
+    """``__main__`` of one child, ready before the code is known: streams on descriptors 0–2, an empty namespace. The
+    keeper makes one, and every fork of it has it fresh."""
+
+    def __init__(self, folder: str) -> None:
+        stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+        for name, stream in (("stdin", stdin), ("stdout", _writer(1)), ("stderr", _writer(2))):
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+        sys.argv = [FILENAME]
+        # The zygote was started with a clean environment; only these differ from slot to slot.
+        os.environ["HOME"] = os.environ["TMPDIR"] = os.environ["PWD"] = folder
+        self.module = ModuleType("__main__")
+        self.module.__dict__["__builtins__"] = builtins
+        sys.modules["__main__"] = self.module
+        self._pid = 0
+
+    def wake_up(self) -> None:
+        """In the child, while nobody waits for it yet: touch the pages that every program writes to, so that they are
+        this process's own."""
+        self._pid = os.getpid()
+        for part in display.compile_program("print(end='')", FILENAME):
+            exec(part, {})
+
+    def is_itself(self) -> bool:
+        """False in a process that the program forked, and that came back from it."""
+        return os.getpid() == self._pid
+
+    def run(self, source: str) -> int:
+        """Run ``source`` as ``__main__``, wait for its threads, call its atexit functions, flush; the exit code.
+
+        Python's own finalisation is left out: it would take milliseconds to tear down modules that die with the
+        process."""
+        code = guard(lambda: self._execute(source))
+        if threading.active_count() > 1 or atexit._ncallbacks():
+            for last in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
+                code = guard(last) or code
+        # Objects of the program close and flush what they hold. Daemon threads would miss their globals.
+        if threading.active_count() == 1:
+            guard(self.module.__dict__.clear)
+        return _flush() or code
+
+    def run_cell(self, source: str) -> int:
+        """Run ``source`` in the namespace that earlier cells left; the exit code that it would have had."""
+        return guard(lambda: self._execute(source)) or _flush()
+
+    def _execute(self, source: str) -> None:
+        linecache.cache[FILENAME] = (len(source), None, source.splitlines(keepends=True), FILENAME)
+        for part in display.compile_program(source, FILENAME):
+            exec(part, self.module.__dict__)
+
+
+def lay_out(files: Mapping[str, bytes], stdin: bytes) -> None:
+    """Put files into the working folder and ``stdin`` behind descriptor 0.
+
+    Raises:
+        OSError: no room, or a name is taken.
+    """
+    for name, data in files.items():
+        if os.path.dirname(name):
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+        with open(name, "wb") as file:
+            file.write(data)
+    if stdin:
+        # A file without a name, not a pipe: whoever does not read it must not block anybody.
+        handle = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600)
+        with open(handle, "wb", closefd=False) as file:
+            file.write(stdin)
+        os.lseek(handle, 0, os.SEEK_SET)
+        os.dup2(handle, 0)
+        os.close(handle)
 
 
 def _writer(descriptor: int) -> io.TextIOWrapper:
@@ -62,37 +136,17 @@ def _writer(descriptor: int) -> io.TextIOWrapper:
     return io.TextIOWrapper(buffer, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
-def _reseed() -> None:
-    # `random` itself reseeds after a fork; generators that libraries made at import do not.
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        numpy_random.seed()
-    sympy_random = sys.modules.get("sympy.core.random")
-    if sympy_random is not None:
-        sympy_random.rng.seed()
+def reseed() -> None:
+    """Fresh random numbers for the next fork. Python does so by itself after os.fork, but only for ``random``; given
+    whole numbers the generators are quick, while their own ways to draw a seed touch two hundred pages."""
+    for name, most in (("random", 16), ("sympy.core.random", 16), ("numpy.random", 4)):
+        module = sys.modules.get(name)
+        if module is not None:
+            generator = module.rng if name.startswith("sympy") else module
+            generator.seed(int.from_bytes(os.urandom(most), "little"))
 
 
-def run(source: str, main: ModuleType) -> int:
-    """Run ``source`` as ``__main__``, wait for its threads, call its atexit functions, flush; the exit code.
-
-    Python's own finalisation is left out: it would take milliseconds to tear down modules that die with the process."""
-    lines = source.splitlines(keepends=True)
-    linecache.cache[FILENAME] = (len(source), None, lines, FILENAME)
-    code = _guard(lambda: _execute(source, main))
-    for last in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
-        code = _guard(last) or code
-    # Objects of the program close and flush what they hold. Daemon threads would miss their globals.
-    if threading.active_count() == 1:
-        _guard(main.__dict__.clear)
-    return _flush() or code
-
-
-def _execute(source: str, main: ModuleType) -> None:
-    for part in display.compile_program(source, FILENAME):
-        exec(part, main.__dict__)
-
-
-def _guard(call: Any) -> int:
+def guard(call: Any) -> int:
     """Call and turn the ending into an exit code, as Python does."""
     try:
         call()

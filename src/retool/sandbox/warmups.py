@@ -19,7 +19,8 @@ x, y = m.symbols("x y")
 repr(m.solve(x**2 - 3*x + 2, x)); m.solve([x + y - 2, x - y], [x, y]); m.factor(x**2 - 1); m.expand((x + 1)**3)
 m.simplify(m.sin(x)**2 + m.cos(x)**2); m.integrate(x*m.exp(x), x); m.diff(m.sin(x)/x, x); m.limit(m.sin(x)/x, x, 0)
 m.summation(x, (x, 1, y)); m.Matrix([[1, 2], [3, 4]]).inv(); m.Rational(1, 3) + m.sqrt(2); m.N(m.pi, 20)
-m.factorint(360); m.isprime(97); m.binomial(9, 3); m.sympify("x + 1"); m.nsimplify(0.5); m.latex(x**2)
+m.factorint(360); m.factorint(2**67 - 1); m.isprime(97); m.isprime(10**18 + 9)
+m.binomial(9, 3); m.sympify("x + 1"); m.nsimplify(0.5); m.latex(x**2)
 """,
     "scipy": """
 import scipy.integrate, scipy.optimize, scipy.special

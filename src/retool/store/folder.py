@@ -101,7 +101,7 @@ class RunFolder:
     # what the run was told, and where it ran
 
     def write_config(self, recipe: Recipe) -> None:
-        """``config.toml``: the recipe with every default filled in."""
+        """``config.toml``: the recipe with every default filled in, and without ``sandbox.token``."""
         write_file(self.path / "config.toml", recipe_toml(recipe))
 
     def config(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class RunFolder:
         """``environment.json``: versions, git commit, platform, device, seed, the command and the time (UTC)."""
         environment = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": sys.argv,
+            "command": [_without_secret(argument) for argument in sys.argv],
             "seed": seed,
             "device": device,
             "python": platform.python_version(),
@@ -207,6 +207,12 @@ class RunFolder:
         for later in self.trajectory_steps():
             if later > step:
                 self.step_trajectories(later).unlink()
+
+
+def _without_secret(argument: str) -> str:
+    """An override of ``sandbox.token`` without its value, and any other argument as it is."""
+    key, equals, _ = argument.partition("=")
+    return f"{key}{equals}…" if equals and key.strip() == "sandbox.token" else argument
 
 
 def _steps(folder: Path, suffix: str) -> list[int]:

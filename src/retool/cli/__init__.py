@@ -17,19 +17,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from retool.cli.common import EXIT_CTRL_C, EXIT_NOT_IN_ORDER, EXIT_SIGTERM, EXIT_USER_ERROR, QUIET, show_help
+from retool.cli.sandbox import sandbox
 from retool.errors import InfraError, UserError
 
 if TYPE_CHECKING:
     from retool.config import Recipe
 
-EXIT_NOT_IN_ORDER = 1
-EXIT_USER_ERROR = 2
-EXIT_CTRL_C = 128 + signal.SIGINT
-EXIT_SIGTERM = 128 + signal.SIGTERM
 
 Job = Callable[..., Any]
 """``run(recipe, *, progress, …) -> dict`` of one of the jobs."""
@@ -56,21 +54,15 @@ class _Root(click.Group):
             raise _InterruptedError from None
 
 
-def _show_help(ctx: click.Context) -> None:
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
-
-
 @click.group(cls=_Root, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="retool")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Teach a language model when to run code."""
-    _show_help(ctx)
+    show_help(ctx)
 
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 
 
 def _toml_string(text: str) -> str:
@@ -230,66 +222,7 @@ def describe_job(name: str, recipe: Recipe) -> str:
     return recipe_toml(recipe) + "\n" + "".join(f"# would run: {line}\n" for line in lines)
 
 
-@cli.group(invoke_without_command=True)
-@click.pass_context
-def sandbox(ctx: click.Context) -> None:
-    """The code interpreter by itself."""
-    _show_help(ctx)
-
-
-@sandbox.command(name="run")
-@click.argument("file", metavar="FILE|-")
-@click.option("--timeout", type=float, metavar="S", help="Seconds the program may take (sandbox.timeout_s).")
-@click.option("--memory-mb", type=int, metavar="N", help="Memory the program may take (sandbox.memory_mb).")
-@click.option("--json", "as_json", is_flag=True, help="Print the typed result on one line.")
-def sandbox_run(file: str, timeout: float | None, memory_mb: int | None, as_json: bool) -> int:
-    """Run one Python program as a model's code is run; exit code 0 where it ended well, else 1."""
-    import asyncio
-    import json
-    from dataclasses import asdict
-
-    from retool.config import make_recipe
-    from retool.sandbox import LocalSandbox
-    from retool.types import ExecutionResult, ExecutionStatus
-
-    code = _read_program(file)
-    limits = {"workers": 1, "timeout_s": timeout, "memory_mb": memory_mb}
-    config = make_recipe({"sandbox": {key: value for key, value in limits.items() if value is not None}}).sandbox
-
-    async def execute() -> ExecutionResult:
-        async with LocalSandbox(config) as box:
-            return await box.execute(code, config.timeout_s)
-
-    result = asyncio.run(execute())
-    ended_well = result.status is ExecutionStatus.OK
-    if as_json:
-        click.echo(json.dumps(asdict(result)))
-    else:
-        _write_whole(sys.stdout, result.stdout)
-        _write_whole(sys.stderr, result.stderr)
-        if not ended_well:
-            code_text = "" if result.exit_code is None else f", exit code {result.exit_code}"
-            click.echo(f"retool: the program ended with {result.status}{code_text}", err=True)
-    return 0 if ended_well else EXIT_NOT_IN_ORDER
-
-
-def _read_program(file: str) -> str:
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        return data.decode("utf-8")
-    except OSError as error:
-        raise UserError(
-            f"FILE = {file!r}: {error.strerror or error}; give the path of a Python program, or -"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"FILE = {file!r}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
-
-
-def _write_whole(stream: TextIO, text: str) -> None:
-    stream.write(text)
-    stream.flush()
+cli.add_command(sandbox)
 
 
 @cli.command()
@@ -367,7 +300,3 @@ def main(arguments: Sequence[str] | None = None, *, load: Callable[[str], Job] =
             else:
                 _complain(error.format_message() if isinstance(error, click.ClickException) else str(error))
             return EXIT_NOT_IN_ORDER if isinstance(error, InfraError) else EXIT_USER_ERROR
-
-
-if __name__ == "__main__":
-    sys.exit(main())

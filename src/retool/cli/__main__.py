@@ -1,0 +1,7 @@
+"""``python -m retool.cli``."""
+
+import sys
+
+from retool.cli import main
+
+sys.exit(main())
