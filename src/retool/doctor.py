@@ -37,8 +37,11 @@ MEMORY_FOR_THE_MODEL = 0.8
 """Share of a GPU's memory for those; the rest holds activations and the KV cache."""
 SANDBOX_RUNS = 9
 SANDBOX_TIMEOUT_S = 20.0
-TIER_LEAVES_OPEN = {"process": "the machine's files, its network and processes of the same user"}
-"""What code can still reach in a sandbox of that tier, in a few words; the sandbox's jail has the whole list."""
+TIER_LEAVES_OPEN = {
+    "userns": "the memory of a run's processes together is not bounded, only each one's",
+    "restricted": "a run is one process (threads only), and its files lie on this machine's disk, bounded each",
+}
+"""What a weaker tier lacks next to the strongest, in a few words; docs/sandbox.md has the whole table."""
 REINSTALL = "make setup, or pip install -c constraints.txt -e ."
 
 
@@ -229,16 +232,20 @@ def check_sandbox() -> Check:
     if isinstance(found, str):
         return Check("sandbox", False, found, mend="read the line above; retool sandbox run FILE shows more")
     first_s, latencies, info = found
+    from retool.sandbox.tier import how_to_get_more
+
     p50_ms = 1e3 * statistics.median(latencies)
-    open_to_code = TIER_LEAVES_OPEN.get(info.tier)
+    lacks = TIER_LEAVES_OPEN.get(info.tier)
+    missing = "; ".join(f"{name} ({reason})" for name, reason in info.missing.items())
     return Check(
         "sandbox",
         True,
         f"tier {info.tier!r}, print(1 + 1) in {p50_ms:.1f} ms (the first in {first_s:.2f} s, with the start)",
+        mend=how_to_get_more(info) if lacks else "",
         facts={**asdict(info), "p50_ms": p50_ms, "first_s": first_s},
         can=(
             f"A model's code runs behind: {', '.join(info.layers)}.",
-            *([f"Not behind it, so open to a model's code: {open_to_code}."] if open_to_code else []),
+            *([f"In this tier {lacks}. Not to be had here: {missing}."] if lacks else []),
         ),
     )
 

@@ -1,13 +1,16 @@
-"""Look for what a sandbox may have left behind. No absolute claim about the machine: only what carries our mark."""
+"""Look for what a sandbox may have left behind. No absolute claim about the machine: others may use it too, so only what
+carries our mark, what this process holds, and what became of its children."""
 
 from __future__ import annotations
 
 import asyncio
+import glob
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, NamedTuple
 
 from retool.config import SandboxConfig
 from retool.sandbox import LocalSandbox
@@ -16,11 +19,14 @@ from retool.types import ExecutionResult, ExecutionStatus
 InSandbox = Callable[..., Any]
 """The fixture ``in_sandbox``."""
 
-_WHO = "import os; print(os.environ['RETOOL_SANDBOX']); print(os.path.dirname(os.getcwd()))"
+PRELOAD = ["math", "random", "itertools", "fractions", "decimal"]
+"""Less than the default, for many sandboxes are started."""
+_CGROUPS = "/sys/fs/cgroup"
+_WHO = "import os; print(os.environ['RETOOL_SANDBOX'])"
 
 
 def marked_processes(mark: str) -> list[int]:
-    """Processes that descend from the zygote whose environment holds ``mark``."""
+    """Processes that descend from the launcher whose environment holds ``mark``, as far as this user may see it."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -33,6 +39,17 @@ def marked_processes(mark: str) -> list[int]:
     return found
 
 
+def marked_groups(mark: str) -> list[str]:
+    """Control groups of the sandbox with this mark, anywhere."""
+    name = f"retool-{mark[:12]}"
+    return [os.path.join(place, name) for place, inner, _ in os.walk(_CGROUPS) if name in inner]
+
+
+def traces(mark: str) -> list[str]:
+    """All that carries the mark."""
+    return [*describe(marked_processes(mark)), *marked_groups(mark)]
+
+
 def wait_until(condition: Callable[[], bool], patience_s: float = 10.0) -> bool:
     """Whether ``condition`` came true; the patience only bounds a failing test."""
     deadline = time.monotonic() + patience_s
@@ -43,23 +60,119 @@ def wait_until(condition: Callable[[], bool], patience_s: float = 10.0) -> bool:
     return True
 
 
-async def identify(sandbox: LocalSandbox) -> tuple[str, str]:
-    """The mark and the folder of the running zygote."""
+async def until(
+    condition: Callable[[], bool], patience_s: float = 10.0, state: Callable[[], object] = lambda: "it did not come"
+) -> None:
+    """The same while the event loop goes on.
+
+    Raises:
+        AssertionError: it did not come true; with what ``state`` says.
+    """
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline, state()
+        await asyncio.sleep(0.01)
+
+
+async def identify(sandbox: LocalSandbox) -> str:
+    """The mark of the running zygote."""
     result = await sandbox.execute(_WHO, 30)
     assert result.status is ExecutionStatus.OK, result
-    mark, folder = result.stdout.split()
-    return mark, folder
+    return result.stdout.strip()
+
+
+class Snapshot(NamedTuple):
+    """What this process has, and what lies in the places that sandboxes use."""
+
+    descriptors: int
+    folders: frozenset[str]
+    mounts: frozenset[str]
+    children: frozenset[int]
+
+
+def snapshot() -> Snapshot:
+    with open("/proc/self/mountinfo") as file:
+        mounts = frozenset(file)
+    folders = frozenset(glob.glob(os.path.join(tempfile.gettempdir(), "retool-sandbox-*")))
+    return Snapshot(count_descriptors(), folders, mounts, frozenset(descendants(os.getpid())))
+
+
+async def nothing_since(before: Snapshot, mark: str = "", folders_are_ours: bool = False) -> None:
+    """Assert that all is as it was; only folders of this user that nobody uses any more count as left behind."""
+    now = snapshot()
+    assert now.descriptors == before.descriptors, sorted(os.listdir("/proc/self/fd"))
+    assert now.mounts == before.mounts, now.mounts ^ before.mounts
+    children = now.children - before.children
+    assert not children, describe(children)
+    if mark:
+        assert traces(mark) == []
+    for folder in now.folders - before.folders:
+        assert not _is_orphan(folder), folder
+
+
+def _is_orphan(folder: str) -> bool:
+    """Whether no launcher works in that folder: other tests of this user may have sandboxes of their own."""
+    if os.stat(folder).st_uid != os.geteuid():
+        return False
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                if os.readlink(f"/proc/{name}/cwd") == folder:
+                    return False
+            except OSError:
+                continue
+    return os.path.exists(folder)
+
+
+def count_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below ``pid``."""
+    found = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                for child in map(int, file.read().split()):
+                    found += [child, *descendants(child)]
+    except OSError:
+        pass
+    return found
+
+
+def launcher_pid(sandbox: LocalSandbox) -> int:
+    """The zygote's parent."""
+    with open(f"/proc/{sandbox.zygote_pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
+
+
+def below(sandbox: LocalSandbox) -> list[int]:
+    """Launcher, zygote, keepers and children."""
+    return [launcher_pid(sandbox), *descendants(launcher_pid(sandbox))]
+
+
+def describe(pids: Any) -> list[str]:
+    """Pids with what runs there."""
+    found = []
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/stat") as stat, open(f"/proc/{pid}/cmdline") as command:
+                found.append(f"{stat.read()[:40]} {command.read()[:80]!r}")
+        except OSError:
+            continue
+    return found
 
 
 class SharedSandboxes:
     """One real sandbox per config, kept for a whole file in a loop and thread of its own, and searched after each run:
-    the next run is right, and nothing lives below the zygote but its waiting children."""
+    the next run is right, and nothing lives below the launcher but keepers and their waiting children."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        self._known: dict[str, tuple[LocalSandbox, str, str]] = {}
+        self._known: dict[str, tuple[LocalSandbox, str]] = {}
 
     def _wait(self, call: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(call, self._loop).result()
@@ -68,36 +181,22 @@ class SharedSandboxes:
         workers = 2
         key = repr(sorted(config.items()))
         if key not in self._known:
-            sandbox = LocalSandbox(SandboxConfig(workers=workers, **config))
-            self._known[key] = (sandbox, *self._wait(identify(sandbox)))
-        sandbox, mark, folder = self._known[key]
-        zygote = sandbox.zygote_pid
+            sandbox = LocalSandbox(SandboxConfig(**({"workers": workers, "preload": PRELOAD} | config)))
+            self._known[key] = (sandbox, self._wait(identify(sandbox)))
+        sandbox, _ = self._known[key]
+        zygote = sandbox.zygote_pid or 0
         result: ExecutionResult = self._wait(sandbox.execute(code, timeout_s))
         after = self._wait(sandbox.execute("print('still', 'here')", 30.0))
         assert (after.status, after.stdout) == (ExecutionStatus.OK, "still here\n")
         assert sandbox.zygote_pid == zygote
-        assert wait_until(lambda: len(descendants(zygote or 0)) <= workers), descendants(zygote or 0)
-        assert wait_until(lambda: len(os.listdir(folder)) <= workers), os.listdir(folder)
-        assert set(marked_processes(mark)) <= {zygote, *descendants(zygote or 0)}
+        # A keeper and its child for each worker.
+        assert wait_until(lambda: len(descendants(zygote)) <= 2 * workers), describe(descendants(zygote))
         return result
 
     def close(self) -> None:
-        for sandbox, mark, folder in self._known.values():
+        for sandbox, mark in self._known.values():
             self._wait(sandbox.close())
-            assert marked_processes(mark) == []
-            assert not os.path.exists(folder)
+            assert traces(mark) == []
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below ``pid``."""
-    found = []
-    try:
-        with open(f"/proc/{pid}/task/{pid}/children") as file:
-            for child in map(int, file.read().split()):
-                found += [child, *descendants(child)]
-    except OSError:
-        pass
-    return found

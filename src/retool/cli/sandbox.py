@@ -125,9 +125,8 @@ def sandbox_bench(
         how = "over HTTP" if http else "embedded"
         statuses = ", ".join(f"{count} {status}" for status, count in sorted(found.statuses.items()))
         click.echo(f"{workload}, {requests} requests, {concurrency} at a time, {how}, tier {found.tier}")
-        click.echo(
-            f"{found.requests_per_second:.0f} a second; p50 {found.p50_ms:.1f} ms, p99 {found.p99_ms:.1f} ms; {statuses}"
-        )
+        latency = f"p50 {found.p50_ms:.1f} ms, p99 {found.p99_ms:.1f} ms"
+        click.echo(f"{found.requests_per_second:.0f} a second; {latency}; {statuses}")
         if found.wrong:
             click.echo(f"retool: {found.wrong} answers were not what the program must give", err=True)
     return EXIT_NOT_IN_ORDER if found.wrong else 0

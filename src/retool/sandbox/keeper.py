@@ -10,12 +10,15 @@ Standard library only, as all that the zygote imports.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
+import signal
 import socket
 import stat
 import sys
+import termios
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -27,6 +30,7 @@ NOT_JAILED = 125
 _CODE_FD = 3
 _CLOSE_FROM, _CLOSE_TO = _CODE_FD + 1, 1024
 _CHILD, _EXIT, _LISTENER = int(wire.Kind.CHILD), int(wire.Kind.EXIT), int(wire.Kind.LISTENER)
+_NO_BYTES = bytes(4)
 _SETTLE_ROUNDS = 20
 _SETTLE_S = 0.005
 
@@ -42,6 +46,7 @@ class Keeper:
     def __init__(self, cell: jail.Cell, channel: socket.socket, null: int) -> None:
         self.cell = cell
         self.channel = channel
+        self.channel_number = channel.fileno()
         self.null = null
         self.cell.parent = os.getpid()
         self.homes = [cell.folder] if cell.tier == jail.RESTRICTED else [jail.HOME, "/dev/shm"]
@@ -99,8 +104,19 @@ class Keeper:
         self.channel.send(wire.head(_EXIT, status, usage.ru_maxrss, time.monotonic()))
         # In tier ``restricted`` a run is one process, and this one shares its namespace with the whole machine.
         if self.cell.tier != jail.RESTRICTED:
-            while kernel.kill_the_others():
-                kernel.wait_for_any()
+            self._empty()
+
+    def _empty(self) -> None:
+        """Kill and reap whatever else is in the slot. Orphans are this process's own children at once, so that there
+        is nobody where it has none."""
+        try:
+            os.waitpid(-1, os.WNOHANG)
+            while True:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(-1, signal.SIGKILL)  # all of this pid namespace but its first process
+                os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
 
     # -- between two children ------------------------------------------------------------------------------------------
 
@@ -120,6 +136,7 @@ class Keeper:
         for _ in range(_SETTLE_ROUNDS):
             for home in self.homes:
                 folders.empty(home)
+                os.chmod(home, self.mode)
             if self._is_as_new():
                 return
             time.sleep(_SETTLE_S)  # the kernel frees the files of dead sockets a little later
@@ -135,7 +152,7 @@ class Keeper:
 
     def _fetch(self) -> None:
         """Answer a FETCH that came before the end."""
-        while kernel.has_data(self.channel.fileno()):
+        while fcntl.ioctl(self.channel_number, termios.FIONREAD, _NO_BYTES) != _NO_BYTES:
             data, descriptors = wire.receive(self.channel, wire.DO_NOT_WAIT)
             if not data:
                 os._exit(0)

@@ -35,7 +35,6 @@ _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 # linux/capability.h: _LINUX_CAPABILITY_VERSION_3 has 64 bits in two words of (effective, permitted, inheritable)
 _CAPABILITY_VERSION_3 = 0x20080522
 _LAST_CAPABILITY = 63
-_SIGKILL, _WNOHANG, _FIONREAD = 9, 1, 0x541B
 # linux/openat2.h
 _RESOLVE_NO_XDEV, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 1, 2, 4, 8
 
@@ -135,28 +134,6 @@ def fork() -> int:
     """fork(2) without Python's own work in the child, which costs more than the rest of a short run: fresh locks and
     random numbers. For a process with one thread that holds none of its locks, and that draws its numbers itself."""
     return _checked(_with_gil.fork())
-
-
-def kill_the_others() -> bool:
-    """SIGKILL to all processes of this pid namespace but its first, which is this one; whether there was one to wait
-    for."""
-    _libc.kill(-1, _SIGKILL)
-    return bool(_libc.waitpid(-1, None, _WNOHANG) >= 0)
-
-
-def wait_for_any() -> None:
-    """Until a child has ended, and reap it."""
-    _libc.waitpid(-1, None, 0)
-
-
-_available = ctypes.c_int()
-_available_at = ctypes.byref(_available)
-
-
-def has_data(descriptor: int) -> bool:
-    """Whether a packet waits on a socket, or its end is closed for good."""
-    _libc.ioctl(descriptor, _FIONREAD, _available_at)
-    return _available.value > 0
 
 
 def raw_exit_group(code: int) -> int:

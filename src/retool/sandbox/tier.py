@@ -55,5 +55,14 @@ def check_tier(info: SandboxInfo, least: str) -> None:
     )
 
 
+def how_to_get_more(info: SandboxInfo) -> str:
+    """What gives the next stronger tier; empty where there is none."""
+    for tier in TIERS[TIERS.index(info.tier) + 1 :]:
+        layer = first_missing(tier, info.layers)
+        if layer is not None:
+            return f"for tier {tier!r} (layer {layer.name!r}): {layer.mend}"
+    return ""
+
+
 def _reasons(missing: dict[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in missing.items()) or "no reason given"
