@@ -72,7 +72,9 @@ def check(number: int, expected: ExecutionStatus, result: ExecutionResult, found
         return
     first = result.stdout.split("\n", 1)[0]
     if result.status is not expected or first != str(number):
-        found.wrong.append(f"run {number}: {expected.value} expected, {result.status.value}, printed {first[:50]!r} {result.stderr[-200:]!r}")
+        found.wrong.append(
+            f"run {number}: {expected.value} expected, {result.status.value}, printed {first[:50]!r} {result.stderr[-200:]!r}"
+        )
 
 
 async def client(sandbox: Sandbox, numbers: list[int], until: float, hostile: float, found: Found) -> None:
@@ -152,7 +154,9 @@ async def soak(arguments: argparse.Namespace) -> int:
         print(state(found, begin))
     lost = arguments.runs - len(numbers) - found.done
     left = cgroups() - before[0], len(descendants(os.getpid())) - before[1]
-    print(f"statuses {dict(sorted(found.statuses.items()))}; zygotes killed {len(kills)}; lost {lost}; infra {found.infra}")
+    print(
+        f"statuses {dict(sorted(found.statuses.items()))}; zygotes killed {len(kills)}; lost {lost}; infra {found.infra}"
+    )
     print(f"left behind: {left[0]} control groups, {left[1]} processes")
     for line in found.wrong[:20]:
         print(line)

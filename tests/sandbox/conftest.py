@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from leftovers import InSandbox, SharedSandboxes, identify, marked_processes
+from leftovers import PRELOAD, InSandbox, SharedSandboxes, identify, nothing_since, snapshot
+from tiers import CONDITIONS, SkippedCondition, Worker
 
 from retool.config import SandboxConfig
 from retool.sandbox import LocalSandbox
@@ -20,22 +20,21 @@ Scenario = Callable[[LocalSandbox], Awaitable[Any]]
 @pytest.fixture
 def in_sandbox() -> InSandbox:
     """``in_sandbox(scenario, **config)``: run an async scenario with a sandbox, close it, and assert that nothing is
-    left: no process, no folder, no descriptor."""
+    left: no process, folder, control group, mount or descriptor."""
 
     def run(scenario: Scenario, **config: Any) -> Any:
         async def whole() -> Any:
-            descriptors = set(os.listdir("/proc/self/fd"))
-            sandbox = LocalSandbox(SandboxConfig(**({"workers": 3} | config)))
+            before = snapshot()
+            sandbox = LocalSandbox(SandboxConfig(**({"workers": 3, "preload": PRELOAD} | config)))
+            mark = ""
             try:
-                mark, folder = await identify(sandbox)
+                mark = await identify(sandbox)
                 answer = await scenario(sandbox)
                 after = await sandbox.execute("print('still', 'here')", 30)
                 assert (after.status, after.stdout) == (ExecutionStatus.OK, "still here\n")
             finally:
                 await sandbox.close()
-            assert not os.path.exists(folder)
-            assert marked_processes(mark) == []
-            assert set(os.listdir("/proc/self/fd")) == descriptors
+            await nothing_since(before, mark)
             return answer
 
         return asyncio.run(whole())
@@ -49,3 +48,14 @@ def execute() -> Iterator[Callable[..., ExecutionResult]]:
     sandboxes = SharedSandboxes()
     yield sandboxes.execute
     sandboxes.close()
+
+
+@pytest.fixture(scope="module", params=CONDITIONS)
+def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
+    """A process under one of the conditions, which the file's tests share."""
+    try:
+        made = Worker(request.param)
+    except SkippedCondition as reason:
+        pytest.skip(str(reason))
+    yield made
+    made.close()

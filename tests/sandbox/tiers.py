@@ -184,7 +184,10 @@ class Worker:
         self.condition, self.tier = condition, CONDITIONS[condition]
         self.marks: set[str] = set()
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "tiers.py"), condition], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, str(HERE / "tiers.py"), condition],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "TRAINERS_SECRET": "only-the-trainer-knows"},
         )
         self._rest = b""
 

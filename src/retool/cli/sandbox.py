@@ -35,7 +35,8 @@ def sandbox_run(file: str, timeout: float | None, memory_mb: int | None, as_json
     from retool.types import ExecutionResult, ExecutionStatus
 
     code = _read_program(file)
-    limits = {"workers": 1, "timeout_s": timeout, "memory_mb": memory_mb}
+    # One run is not worth the second that a preload list of large libraries takes.
+    limits = {"workers": 1, "timeout_s": timeout, "memory_mb": memory_mb, "preload": ["math"]}
     config = make_recipe({"sandbox": {key: value for key, value in limits.items() if value is not None}}).sandbox
 
     async def execute() -> ExecutionResult:

@@ -1,11 +1,11 @@
 """Turn the zygote's private memory into a few private mappings of one file in memory, so that forking it costs little.
 
-fork(2) copies a page-table entry for every anonymous page and a record for every mapping, and the child's end takes them
-down again: with numpy and sympy loaded these are 14,000 pages and 350 mappings, and most of the time of a short run.
-Entries of a file mapping whose pages nobody has written to are not copied; a child maps those that it touches, sixteen
-at a time, and what it writes to is copied for it alone, as before. And neighbours of one file become one mapping: so the
-small libraries go into the file too, with their code. It may then be written to by the process that runs it, which a
-process that runs ctypes may do anyway. Measurements are in docs/log.md.
+fork(2) copies a page-table entry for every anonymous page and a record for every mapping, and the child's end takes
+them down again: with numpy and sympy loaded these are 14,000 pages and 350 mappings, and most of the time of a short
+run. Entries of a file mapping whose pages nobody has written to are not copied; a child maps those that it touches,
+sixteen at a time, and what it writes to is copied for it alone, as before. And neighbours of one file become one
+mapping: so the small libraries go into the file too, with their code. It may then be written to by the process that
+runs it, which a process that runs ctypes may do anyway. Measurements are in docs/log.md.
 
 The contents must not change between saving a region and mapping it again, and every line of Python changes some. So the
 whole sequence of pwrite(2) and mmap(2) calls is laid out beforehand as a chain of contexts (makecontext(3)), each of

@@ -37,6 +37,7 @@ import math
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -110,6 +111,8 @@ class Cell:
     """Where the supervisor hears of a program's end; see ``retool.sandbox.seccomp``."""
     address_space: int = 0
     """Bytes that the zygote has mapped: the memory limit comes on top."""
+    stays: bool = False
+    """Whether the child's interpreter is a session's."""
     parent: int = 0
     """The keeper's pid as its child sees it."""
 
@@ -430,20 +433,29 @@ def first_missing(tier: str, layers: Iterable[str]) -> Layer | None:
 # -- the limits of one run ---------------------------------------------------------------------------------------------
 
 
-def limit_run(cell: Cell, cpu_s: float, memory_bytes: int, file_bytes: int, processes: int) -> None:
+def limit_run(
+    cell: Cell, cpu_s: float, memory_bytes: int, file_bytes: int, processes: int, *, again: bool = False
+) -> None:
     """What a child's processes may use, the last step before the code. CPU seconds are each process's; the supervisor's
-    wall clock comes first, and this ends a run whose supervisor is gone."""
-    set_limit = resource.setrlimit
-    space = cell.address_space + memory_bytes
-    set_limit(resource.RLIMIT_AS, (space, space + MEMORY_RESERVE_BYTES))
+    wall clock comes first, and this ends a run whose supervisor is gone. ``again``: the process has run code before, so
+    it cannot get more than it had, but for CPU time, of which it has used some."""
     if cell.tier != RESTRICTED and file_bytes >= cell.file_mb << 20:
         file_bytes += 1 << 20  # a file that may fill the disk ends at the disk's size, with the error that says so
-    set_limit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    space = cell.address_space + memory_bytes
+    _limit(resource.RLIMIT_AS, space, space + MEMORY_RESERVE_BYTES, again)
+    _limit(resource.RLIMIT_FSIZE, file_bytes, file_bytes, again)
     if cell.counts_processes:
         # The keeper counts too where it has the same user.
-        set_limit(resource.RLIMIT_NPROC, (processes + 1, processes + 1))
-    soft = math.ceil(min(cpu_s, MAX_CPU_S - 2.0))
-    set_limit(resource.RLIMIT_CPU, (soft, soft + 1))
+        _limit(resource.RLIMIT_NPROC, processes + 1, processes + 1, again)
+    seconds = math.ceil(min(time.process_time() + cpu_s, MAX_CPU_S - 2.0))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY if cell.stays else seconds + 1))
+
+
+def _limit(kind: int, soft: int, hard: int, again: bool) -> None:
+    if again:
+        most = resource.getrlimit(kind)[1]
+        soft, hard = min(soft, most), most
+    resource.setrlimit(kind, (soft, hard))
 
 
 def release_memory_reserve() -> None:

@@ -201,9 +201,11 @@ class Keeper:
 
     def _obey(self, order: wire.Order, main: program.Main) -> int:
         """Run the order, and those that follow it where the interpreter stays; the exit code."""
+        again = False
         while True:
-            if code := self._begin(order):
+            if code := self._begin(order, again):
                 return code
+            again = True
             source = order.code.decode("utf-8", "surrogatepass")
             if not order.stays:
                 return main.run(source)
@@ -220,8 +222,9 @@ class Keeper:
                 return code
             order = following
 
-    def _begin(self, order: wire.Order) -> int:
-        jail.limit_run(self.cell, order.cpu_s, order.memory_bytes, order.file_bytes, order.processes)
+    def _begin(self, order: wire.Order, again: bool) -> int:
+        self.cell.stays = order.stays
+        jail.limit_run(self.cell, order.cpu_s, order.memory_bytes, order.file_bytes, order.processes, again=again)
         if not order.files and not order.stdin:
             return 0
         return program.guard(lambda: program.lay_out(order.files, order.stdin))

@@ -140,7 +140,7 @@ class LocalSandbox:
 
         Raises:
             ValueError: a limit is above the sandbox's own.
-            SandboxRefused: this machine cannot give the tier that the config asks for, or no sessions.
+            SandboxRefused: this machine cannot give the tier that the config asks for.
             RuntimeError: closed, or used from another event loop.
         """
         loop = self._check_use()
