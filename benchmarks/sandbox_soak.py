@@ -48,7 +48,7 @@ HOSTILE: list[tuple[str, ExecutionStatus]] = [
     ("print({n}, flush=True)\nwhile True: print('x' * 1000)", S.OUTPUT_LIMIT),
     ("print({n}, flush=True)\nimport os\nos.kill(os.getpid(), 9)", S.KILLED),
     ("print({n}, flush=True)\nimport os\nos.closerange(0, 256)", S.OK),
-    ("print({n}, flush=True)\nimport os\nfor _ in range(5):\n  if not os.fork():\n    os.setsid()\n    while True: pass", S.OK),
+    ("print({n}, flush=True)\nimport os, signal\nfor _ in range(5):\n  if not os.fork():\n    os.setsid(); signal.pause()", S.OK),
     ("print({n}, flush=True)\nimport os\ntry:\n  while True: os.fork()\nexcept OSError: os._exit(3)", S.ERROR),
     ("print({n}, flush=True)\nimport os\ntry:\n  for i in range(10**6): open(str(i), 'w')\nexcept OSError: pass", S.OK),
     ("print({n}, flush=True)\nimport os\nos.kill(-1, 9)", S.ERROR),
@@ -72,9 +72,8 @@ def check(number: int, expected: ExecutionStatus, result: ExecutionResult, found
         return
     first = result.stdout.split("\n", 1)[0]
     if result.status is not expected or first != str(number):
-        found.wrong.append(
-            f"run {number}: {expected.value} expected, {result.status.value}, printed {first[:50]!r} {result.stderr[-200:]!r}"
-        )
+        ending = f"{expected.value} expected, {result.status.value}, printed {first[:50]!r}, {result.stderr[-200:]!r}"
+        found.wrong.append(f"run {number}: {ending}")
 
 
 async def client(sandbox: Sandbox, numbers: list[int], until: float, hostile: float, found: Found) -> None:
@@ -112,8 +111,9 @@ def cgroups() -> int:
 def state(found: Found, begin: float) -> str:
     below = descendants(os.getpid())
     megabytes = sum(map(resident_kb, [os.getpid(), *below])) / 1024
+    seconds = time.monotonic() - begin
     return (
-        f"{time.monotonic() - begin:6.0f} s  {found.done:7} runs  {found.done / (time.monotonic() - begin):5.0f} a second  "
+        f"{seconds:6.0f} s  {found.done:7} runs  {found.done / seconds:5.0f} a second  "
         f"{megabytes:6.0f} MB  {len(below):3} processes  {len(os.listdir('/proc/self/fd')):4} descriptors  "
         f"{found.infra} infra  {len(found.wrong)} wrong"
     )
@@ -154,13 +154,12 @@ async def soak(arguments: argparse.Namespace) -> int:
         print(state(found, begin))
     lost = arguments.runs - len(numbers) - found.done
     left = cgroups() - before[0], len(descendants(os.getpid())) - before[1]
-    print(
-        f"statuses {dict(sorted(found.statuses.items()))}; zygotes killed {len(kills)}; lost {lost}; infra {found.infra}"
-    )
+    print(f"statuses {dict(sorted(found.statuses.items()))}")
+    print(f"zygotes killed {len(kills)}; lost {lost}; infra {found.infra}; wrong {len(found.wrong)}")
     print(f"left behind: {left[0]} control groups, {left[1]} processes")
     for line in found.wrong[:20]:
         print(line)
-    return int(bool(found.wrong or lost or any(left)))
+    return int(bool(found.wrong or lost or max(left) > 0))
 
 
 if __name__ == "__main__":
