@@ -115,7 +115,8 @@ class Groups:
             raise
 
     def open_slot(self, name: str) -> list[int]:
-        """Make a slot's groups; descriptors to which a process writes ``0`` to join them."""
+        """Make a slot's groups; descriptors to which a process writes ``0`` to join them, the one that counts memory
+        first."""
         joins: list[int] = []
         for hierarchy, folder in self.folders:
             group = os.path.join(folder, name)
@@ -123,9 +124,10 @@ class Groups:
             if "memory" in hierarchy.controllers:
                 set_memory(group, memory_bytes(self.memory_mb, self.file_mb))
             if "pids" in hierarchy.controllers:
-                # The keeper is in it too; one more tells a full group from a broken one.
+                # The keeper may be in it too; one more tells a full group from a broken one.
                 _write(os.path.join(group, "pids.max"), str(self.processes + 2))
-            joins.append(os.open(os.path.join(group, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC))
+            join = os.open(os.path.join(group, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC)
+            joins.insert(0 if "memory" in hierarchy.controllers else len(joins), join)
         return joins
 
     def close_slot(self, name: str, joins: list[int] | None = None) -> None:

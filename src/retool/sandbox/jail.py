@@ -100,7 +100,7 @@ class Cell:
     """What FIRST_SLOT_UID counts from."""
     slot: int = 0
     joins: list[int] = field(default_factory=list)
-    """Descriptors to which a process writes ``0`` to join the slot's control groups."""
+    """Descriptors to which a process writes ``0`` to join the slot's control groups, that for memory first."""
     folder: str = HOME
     """The run's working folder."""
     counts_processes: bool = False
@@ -187,9 +187,15 @@ def _yield_when_memory_is_short(cell: Cell) -> None:
 def _join_groups(cell: Cell) -> None:
     if not cell.joins:
         raise OSError("no control group can be made")
-    for descriptor in cell.joins:
+    for descriptor in cell.joins[1:]:
         os.write(descriptor, b"0")
         os.close(descriptor)
+
+
+def _join_memory_group(cell: Cell) -> None:
+    # Not the keeper: when a run's processes use up its memory in small pieces, the kernel could take the keeper for the
+    # largest of them, and a fault of the machine is what a bad program would like to look like.
+    os.write(cell.joins[0], b"0")
 
 
 def _user_namespace(cell: Cell) -> None:
@@ -276,6 +282,7 @@ def _disk(cell: Cell) -> None:
 
 def _session(cell: Cell) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fixed_limits(cell: Cell) -> None:
@@ -373,7 +380,7 @@ LAYERS: tuple[Layer, ...] = (
         "cgroup",
         frozenset((FULL,)),
         "run as root where the cgroup file system is writable, or have a group with memory and pids delegated",
-        {Stage.KEEPER: _join_groups},
+        {Stage.KEEPER: _join_groups, Stage.CHILD: _join_memory_group},
     ),
     Layer("user", _SPACES, _GET_SPACES, {Stage.OUTER: _user_namespace, Stage.SLOT: _nested_user_namespace}),
     Layer("pid", _SPACES, _GET_SPACES, {Stage.OUTER: _pid_namespace, Stage.SLOT: _pid_namespace}),

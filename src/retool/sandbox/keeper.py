@@ -27,8 +27,9 @@ from retool.sandbox import folders, jail, kernel, program, seccomp, wire
 
 NOT_JAILED = 125
 """Exit code of a child that could not be jailed, as env(1) and timeout(1) use it for their own failure."""
-_CODE_FD = 3
-_CLOSE_FROM, _CLOSE_TO = _CODE_FD + 1, 1024
+CODE_FD = 3
+"""Where a child reads its code, and the last descriptor that it keeps."""
+_CLOSE_FROM, _CLOSE_TO = CODE_FD + 1, 1024
 _CHILD, _EXIT, _LISTENER = int(wire.Kind.CHILD), int(wire.Kind.EXIT), int(wire.Kind.LISTENER)
 _NO_BYTES = bytes(4)
 _SETTLE_ROUNDS = 20
@@ -181,14 +182,14 @@ class Keeper:
             for target, descriptor in enumerate(descriptors):
                 # The keeper's own descriptors are above these targets, but for the last, which may be there already.
                 if descriptor != target:
-                    os.dup2(descriptor, target, target < _CODE_FD)
+                    os.dup2(descriptor, target, target < CODE_FD)
             for step in self.child_steps:
                 step(self.cell)
             self._send_listener()
             os.closerange(_CLOSE_FROM, _CLOSE_TO)
             self.main.wake_up()
-            order = wire.receive_order(_CODE_FD)
-            os.close(_CODE_FD)
+            order = wire.receive_order(CODE_FD)
+            os.close(CODE_FD)
             if order is None:
                 os._exit(0)
             code = 1

@@ -97,6 +97,7 @@ class Zygote:
 
     def serve(self) -> None:
         """Until the control socket closes or SIGTERM comes."""
+        self._take_number(keeper.CODE_FD)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _noted)
         signal.signal(signal.SIGTERM, _noted)
@@ -118,6 +119,13 @@ class Zygote:
                     return
                 except OSError:
                     self.pause_until = time.monotonic() + RETRY_MS / 1e3
+
+    def _take_number(self, number: int) -> None:
+        """Nothing that a keeper holds may have the number that its children get their code under."""
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(self.null, number)
 
     def _patience_ms(self) -> int | None:
         if len(self.slots) >= self.wanted:
@@ -231,7 +239,8 @@ class Zygote:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # No handler at all: the kernel keeps signals without one from the first process of a pid namespace.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _reap(pid: int) -> None:
