@@ -32,6 +32,7 @@ COMMANDS = {
     "sandbox run": "file --timeout --memory-mb --json",
     "sandbox serve": """--host --port --token --workers --timeout --memory-mb --output-kb --file-mb --tier --max-queue
         --preload --drain --access-log --quiet""",
+    "sandbox bench": "--workload --concurrency --requests --http --workers --json",
     "report": "run",
 }
 OPTIM = "name lr muon_lr betas weight_decay warmup_steps schedule final_lr_share grad_clip"

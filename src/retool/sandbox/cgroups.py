@@ -34,22 +34,22 @@ class Hierarchy:
     """A folder."""
 
 
-def find(controllers: tuple[str, ...] = NEEDED + OPTIONAL) -> list[Hierarchy]:
-    """The hierarchies that hold the controllers, with the group of this process in each.
+def find(proc: str = "/proc/self") -> list[Hierarchy]:
+    """The hierarchies that hold the controllers, with the group of the process in each.
 
     Raises:
         OSError: a needed controller is mounted nowhere.
     """
-    own = _own_groups()
+    own = _own_groups(proc)
     found: list[Hierarchy] = []
-    for kind, mount, root, options in _mounts():
+    for kind, mount, root, options in _mounts(proc):
         if kind == "cgroup2":
             there = _words(os.path.join(mount, "cgroup.controllers"))
             version, group = 2, own.get("", "/")
         else:
             there = options.split(",")
             version, group = 1, next((own[name] for name in there if name in own), "/")
-        held = tuple(name for name in controllers if name in there)
+        held = tuple(name for name in NEEDED + OPTIONAL if name in there)
         if held:
             inner = os.path.relpath(group, root) if group.startswith(root) else "."
             found.append(Hierarchy(version, held, os.path.normpath(os.path.join(mount, inner))))
@@ -59,17 +59,17 @@ def find(controllers: tuple[str, ...] = NEEDED + OPTIONAL) -> list[Hierarchy]:
     return found
 
 
-def _own_groups() -> dict[str, str]:
-    """Path of this process's group by controller; version 2 under the empty name."""
-    with open("/proc/self/cgroup") as file:
+def _own_groups(proc: str) -> dict[str, str]:
+    """Path of the process's group by controller; version 2 under the empty name."""
+    with open(f"{proc}/cgroup") as file:
         rows = [line.rstrip("\n").split(":", 2) for line in file]
     return {name: path for _, names, path in rows for name in names.split(",")}
 
 
-def _mounts() -> list[tuple[str, str, str, str]]:
+def _mounts(proc: str) -> list[tuple[str, str, str, str]]:
     """Type, mount point, root inside the hierarchy and super options of each cgroup mount."""
     found = []
-    with open("/proc/self/mountinfo") as file:
+    with open(f"{proc}/mountinfo") as file:
         for line in file:
             left, _, right = line.partition(" - ")
             kind, _, options = right.rstrip("\n").split(" ", 2)
