@@ -30,6 +30,10 @@ START_S = 120.0
 """Patience with the imports of the preload list: scipy and sympy take seconds on a cold disk and a busy machine."""
 END_S = 30.0
 """Patience with a launcher that was told to end; it needs milliseconds, unless programs wrote a lot to a slow disk."""
+_LOSE_S = 5.0
+"""The same for a launcher whose zygote has died; the event loop waits meanwhile."""
+BARREN_SLOTS = 3
+"""Slots per worker that may die in a row without ever having had a child, before the zygote is given up."""
 _POLL_S = 0.002
 _ONE_THREAD = ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "VECLIB_MAXIMUM", "BLIS")
 
@@ -43,6 +47,8 @@ class Slot:
         channel.setblocking(False)
         self.listener: int | None = None
         self.child: Child | None = None
+        self.has_borne = False
+        """Whether it has ever had a child."""
         self.memory_mb = config.memory_mb
         self._file_mb = config.file_mb
         self._group = os.path.join(groups, str(number)) if groups else ""
@@ -146,6 +152,8 @@ class Link:
         """Whether the kernel tells of a child's end before it has taken the child down."""
         self._listener_each = False
         """Whether that is each child's own business, or its slot's."""
+        self._barren_slots = 0
+        """That died in a row without ever having had a child."""
         self.zygote_pid = 0
         self._control: socket.socket
         self._process: subprocess.Popen[bytes]
@@ -314,9 +322,13 @@ class Link:
             data = b""
         if not data:
             self._forget(slot)
+            if not slot.has_borne:
+                self._count_barren_slot()
             return
         packet = wire.unpack(data)
         if packet.kind == wire.Kind.CHILD:
+            slot.has_borne = True
+            self._barren_slots = 0
             slot.child = Child(slot, descriptors)
             self._offer(slot)
         elif packet.kind == wire.Kind.EXIT and slot.child is not None:
@@ -329,6 +341,11 @@ class Link:
             slot.listener = descriptors[0]
             self._loop.add_reader(slot.listener, self._hear_end, slot)
             self._offer(slot)
+
+    def _count_barren_slot(self) -> None:
+        self._barren_slots += 1
+        if self._barren_slots > BARREN_SLOTS * self._workers:
+            self.give_up("the sandbox's slots die before they have a child")
 
     def _offer(self, slot: Slot) -> None:
         """A child may be used when its end can be heard of, where that can be had at all."""
@@ -383,7 +400,7 @@ class Link:
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         try:
-            status = self._process.wait(END_S)
+            status = self._process.wait(_LOSE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()

@@ -385,7 +385,6 @@ class LocalSandbox:
             run.on_lost()
         elif child in self._idle:
             self._idle.remove(child)
-            self._count_idle_death()
         self._sessions.on_lost(child, reason)
 
     def on_lost(self, reason: str) -> None:
