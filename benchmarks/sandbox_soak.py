@@ -1,6 +1,6 @@
 """Whether the sandbox loses a run, or grows: many mixed executions, some of them hostile, with every answer checked.
 
-    python benchmarks/sandbox_soak.py [--runs 100000] [--hostile 0.05] [--clients 64]
+    python benchmarks/sandbox_soak.py [--runs 10000] [--hostile 0.05] [--clients 64]
     python benchmarks/sandbox_soak.py --clients 1000 --runs 20000 --http
     python benchmarks/sandbox_soak.py --kill-every 10 --seconds 120
 
@@ -164,7 +164,7 @@ async def soak(arguments: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=100_000)
+    parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--hostile", type=float, default=0.05, help="share of hostile programs")
     parser.add_argument("--clients", type=int, default=64, help="callers at a time")
     parser.add_argument("--seconds", type=float, default=0.0, help="stop then; 0: when all runs are done")

@@ -371,7 +371,10 @@ def _die_with_parent(cell: Cell) -> None:
 
 _ALL = frozenset(TIERS)
 _SPACES = frozenset((USERNS, FULL))
-_GET_SPACES = "allow unprivileged user namespaces (sysctl), or in a container --security-opt seccomp=unconfined"
+_GET_SPACES = (
+    "allow unprivileged user namespaces (Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0; "
+    "Docker: --security-opt seccomp=unconfined)"
+)
 _GET_KERNEL = "use Linux 5.13 or newer, with it switched on"
 
 LAYERS: tuple[Layer, ...] = (
