@@ -61,7 +61,7 @@ TABLE: dict[str, Row] = {
         5, *GROUND, *MIDDLE, *LEARNING, "sft", "rl", "evaluate", "nano", "report", "doctor", packages="torch numpy"
     ),
 }
-TABLE["cli"] = row(5, *TABLE, packages="click")
+TABLE["cli"] = row(5, *TABLE, packages="click uvloop")
 
 NO_TORCH = ("types", "errors", "config", "protocols", "formats", "grading", "sandbox", "store", "metrics", "progress")
 """Besides rollout and cli: what must be usable, and quick to import, where torch is not wanted."""

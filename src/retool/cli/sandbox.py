@@ -77,7 +77,7 @@ def sandbox_serve(
     host: str, port: int, token: str, max_queue: int, drain: int, access_log: bool, quiet: bool, **limits: Any
 ) -> int:
     """Run programs for others over HTTP, as SandboxFusion does, until SIGTERM or Ctrl-C."""
-    import asyncio
+    import uvloop
 
     from retool.config import make_recipe
     from retool.sandbox import LocalSandbox
@@ -89,7 +89,7 @@ def sandbox_serve(
     given = {key: value for key, value in limits.items() if value is not None}
     config = make_recipe({"sandbox": given | {"token": token}}).sandbox
     service = ServerConfig(config, host, port, token, max_queue, drain_s=drain, access_log=access_log)
-    asyncio.run(serve(LocalSandbox(config), service, announce=lambda line: None if quiet else click.echo(line)))
+    uvloop.run(serve(LocalSandbox(config), service, announce=lambda line: None if quiet else click.echo(line)))
     return 0
 
 
@@ -111,15 +111,16 @@ def sandbox_bench(
 
     Exit code 1 where an answer was wrong.
     """
-    import asyncio
     import json
     from dataclasses import asdict
+
+    import uvloop
 
     from retool.config import make_recipe
     from retool.sandbox.bench import bench
 
     config = make_recipe({"sandbox": {} if workers is None else {"workers": workers}}).sandbox
-    found = asyncio.run(bench(config, workload, concurrency, requests, http))
+    found = uvloop.run(bench(config, workload, concurrency, requests, http))
     if as_json:
         click.echo(json.dumps(asdict(found)))
     else:

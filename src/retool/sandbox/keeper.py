@@ -242,13 +242,16 @@ def _read_file(folder: str, name: str, room: int) -> bytes:
             raise OSError(error.errno, "a symbolic link" if error.errno == 40 else error.strerror) from None
     finally:
         os.close(base)
-    with open(handle, "rb") as file:
+    try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(0, "not a regular file")
         if found.st_size > room:
             raise OSError(0, f"{found.st_size} bytes are more than may be brought back")
-        return file.read(room)
+        with open(handle, "rb", closefd=False) as file:  # which refuses a folder, and leaves its descriptor open
+            return file.read(room)
+    finally:
+        os.close(handle)
 
 
 def try_out(cell: jail.Cell) -> None:

@@ -381,7 +381,8 @@ class Link:
 
     def _forget(self, slot: Slot) -> None:
         """Its keeper is gone, or shall go."""
-        self._slots.pop(slot.number, None)
+        if self._slots.get(slot.number) is slot:  # its number may be another one's already
+            del self._slots[slot.number]
         child, slot.child = slot.child, None
         if child is not None:
             self._listener.on_gone(child, "the sandbox's keeper died")

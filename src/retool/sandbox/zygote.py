@@ -185,7 +185,7 @@ class Zygote:
         cell = self._slot_cell(slot)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            pid = self._fork_keeper(cell, theirs)
+            pid = self._fork_keeper(cell, theirs, ours)
             self.slots[pid] = (slot, time.monotonic())
             socket.send_fds(self.control, [wire.pack(wire.Packet(wire.Kind.SLOT, slot))], [ours.fileno()])
         finally:
@@ -194,12 +194,13 @@ class Zygote:
             for descriptor in cell.joins:
                 os.close(descriptor)
 
-    def _fork_keeper(self, cell: jail.Cell, channel: socket.socket) -> int:
+    def _fork_keeper(self, cell: jail.Cell, channel: socket.socket, other_end: socket.socket) -> int:
         """The keeper's pid. In a tier with namespaces its parent is in between: a process that enters a new pid
         namespace is not in it, its next child is."""
         if cell.tier == jail.RESTRICTED:
             pid = os.fork()
             if pid == 0:
+                other_end.close()  # a keeper that held it would never see that the supervisor has gone
                 self._be_keeper(cell, channel, signal.SIGKILL)
             return pid
         read, write = os.pipe()
@@ -211,6 +212,7 @@ class Zygote:
                 pid = os.fork()
                 if pid == 0:
                     os.close(write)
+                    other_end.close()
                     self._be_keeper(cell, channel, None)
                 os.write(write, b"%d" % pid)
             finally:
