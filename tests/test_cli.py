@@ -298,7 +298,7 @@ def test_sandbox_run_reads_standard_input_and_prints_one_line_of_json() -> None:
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout.count("\n") == 1
     result = json.loads(found.stdout)
-    assert set(result) == {"status", "stdout", "stderr", "exit_code", "duration_s", "truncated"}
+    assert set(result) == {"status", "stdout", "stderr", "exit_code", "duration_s", "truncated", "tier"}
     assert (result["status"], result["stdout"], result["exit_code"], result["truncated"]) == ("ok", "a\nü\n", 0, False)
 
 

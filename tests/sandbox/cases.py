@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from retool.sandbox import jail
+
 TIERS = ("full", "userns", "restricted")
 ANY = -1000
 """Any exit code, none included."""
@@ -129,7 +131,7 @@ class Case:
         code = self.code
         for name, value in places.items():
             code = code.replace(f"${name}", value)
-        return TOOLS + code if re.search(r"\b(tried|call|libc)\(|libc\.", code) else code
+        return TOOLS + code if re.search(r"\b(tried|call|libc)\b", code) else code
 
 
 @dataclass(frozen=True)
@@ -171,5 +173,39 @@ def table() -> str:
     return "\n".join(lines)
 
 
+LAYERS = {
+    "oom": "where the machine runs out of memory, a run is killed first",
+    "cgroup": "memory, processes and the share of the CPU of all of a run's processes together",
+    "user": "no rights over anything outside",
+    "pid": "no process outside can be seen or signalled; all die with the keeper",
+    "net": "no network, no abstract sockets of others",
+    "ipc": "no shared memory of others",
+    "uts": "a host name of its own",
+    "mount": "mounts of its own",
+    "tree": "interpreter, packages, libraries and five devices, read-only, and nothing else of the machine",
+    "proc": "a read-only `/proc` of the slot's own processes",
+    "root": "the old file system is gone",
+    "disk": "one bounded file system in memory for all that a run may write",
+    "session": "no terminal, a process group of its own",
+    "rlimits": "descriptors, core files, locked memory, signals; for each run also memory, file size, CPU",
+    "uid": "a user of its own for each slot",
+    "no_new_privs": "setuid programs give nothing",
+    "capabilities": "none, and none to be gained",
+    "landlock": "files by an allow-list, no TCP; where the kernel can, no signals and abstract sockets to outside",
+    "seccomp": "system calls by an allow-list",
+    "parent_death": "a child dies with its keeper",
+}
+"""What each of the jail's layers does, for the documentation."""
+
+
+def layers_table() -> str:
+    lines = ["| layer | what it does | `full` | `userns` | `restricted` |", "| --- | --- | --- | --- | --- |"]
+    for layer in jail.LAYERS:
+        used = {tier: layer.name in jail.candidates(tier) for tier in TIERS}
+        cells = ["×" if tier in layer.tiers else "+" if used[tier] else "" for tier in TIERS]
+        lines.append(f"| `{layer.name}` | {LAYERS[layer.name]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(layers_table(), table(), sep="\n\n")

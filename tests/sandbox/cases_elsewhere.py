@@ -8,7 +8,9 @@ CASES = [
     Elsewhere(10, "a sibling signalled, its files, its `/proc`", "not to be seen", "test_faults.py::test_siblings"),
     Elsewhere(18, "a symbolic link to fetch", "rejected, with the reason", "test_files.py::test_what_is_not_fetched"),
     Elsewhere(19, "`../` and absolute names", "ValueError before the run", "test_files.py::test_names"),
-    Elsewhere(20, "FIFO, device, sparse file to fetch", "rejected or capped", "test_files.py::test_what_is_not_fetched"),
+    Elsewhere(
+        20, "FIFO, device, sparse file to fetch", "rejected or capped", "test_files.py::test_what_is_not_fetched"
+    ),
     Elsewhere(21, "a file swapped while fetched", "never followed", "test_files.py::test_swapped"),
     Elsewhere(
         27,

@@ -58,7 +58,7 @@ CASES = [
     Case(
         13,
         "secrets of the environment",
-        _READ + "import glob\ntexts = [repr(dict(os.environ)).encode()]\n"
+        _READ + "import glob, os\ntexts = [repr(dict(os.environ)).encode()]\n"
         "for path in ['/proc/self/environ', *glob.glob('/proc/[0-9]*/environ')]:\n"
         "    try: texts.append(read(path))\n    except OSError: pass\n"
         "print(b'$SECRET' in b''.join(texts))",
@@ -101,7 +101,8 @@ CASES = [
         "site-packages, standard library, interpreter written to",
         "import random, site, sysconfig\nfound = set()\n"
         "for path in (sysconfig.get_path('purelib') + '/x', random.__file__, sys.executable, '/usr/lib/x', '/x'):\n"
-        "    found |= {tried(open, path, 'w'), tried(os.unlink, path), tried(os.mkdir, path + '.d')}\nprint(*sorted(found))",
+        "    found |= {tried(open, path, 'w'), tried(os.unlink, path), tried(os.mkdir, path + '.d')}\n"
+        "print(*sorted(found))",
         Ends("read-only", out="((EROFS|EACCES|ENOENT|ETXTBSY|EPERM) ?)+"),
     ),
     Case(
@@ -118,7 +119,7 @@ CASES = [
         48,
         "forged answers",
         "import os, sys\nfor fd in range(3, 1024):\n    try: os.write(fd, b'\\x03' * 100)\n    except OSError: pass\n"
-        "print('{\"status\": \"ok\"}')\nsys.exit(3)",
+        'print(\'{"status": "ok"}\')\nsys.exit(3)',
         Ends("only its own output", "error", 3, out=".*ok.*"),
     ),
     Case(
@@ -150,7 +151,8 @@ CASES = [
     Case(
         64,
         "the same from a thread, in a loop",
-        "import threading, time\ndef forge():\n    while True: libc.syscall(ctypes.c_long(231), ctypes.c_long(0x52540105))\n"
+        "import threading, time\ndef forge():\n"
+        "    while True: libc.syscall(ctypes.c_long(231), ctypes.c_long(0x52540105))\n"
         "for _ in range(4): threading.Thread(target=forge, daemon=True).start()\ntime.sleep(5)",
         Ends("ends its own run", "ok|error", whole=""),
         only="x86_64",
@@ -180,7 +182,8 @@ CASES = [
     Case(
         68,
         "oom_score_adj lowered",
-        "def lower():\n    with open('/proc/self/oom_score_adj', 'w') as file: file.write('-1000')\nprint(tried(lower))",
+        "def lower():\n    with open('/proc/self/oom_score_adj', 'w') as file: file.write('-1000')\n"
+        "print(tried(lower))",
         Ends("EROFS", out="EROFS|EACCES"),
         restricted=Ends("EACCES", out="EACCES"),
     ),
@@ -227,7 +230,8 @@ CASES = [
     Case(
         72,
         "sockets that hold each other and files",
-        "import socket\nfor n in range(40):\n    a, b = socket.socketpair()\n    f = open('x', 'wb'); f.write(bytes(1 << 16))\n"
+        "import os, socket\nfor n in range(40):\n    a, b = socket.socketpair()\n"
+        "    f = open('x', 'wb'); f.write(bytes(1 << 16))\n"
         "    os.unlink('x')\n    socket.send_fds(a, [b'x'], [a.fileno(), b.fileno(), f.fileno()])\n"
         "    socket.send_fds(b, [b'x'], [a.fileno(), b.fileno()])\nprint('made')",
         Ends("freed before the next run", out="made"),
@@ -236,8 +240,10 @@ CASES = [
         73,
         "setuid programs",
         "found = []\nfor place, _, names in os.walk('/usr'):\n    for name in names:\n        try:\n"
-        "            mode = os.lstat(os.path.join(place, name)).st_mode\n            if mode & 0o6000 and mode & 0o170000 == 0o100000: found.append(name)\n"
-        "        except OSError: pass\nprint(tried(os.execv, '/usr/bin/passwd', ['x']), tried(os.execv, '/bin/su', ['x']))",
+        "            mode = os.lstat(os.path.join(place, name)).st_mode\n"
+        "            if mode & 0o6000 and mode & 0o170000 == 0o100000: found.append(name)\n"
+        "        except OSError: pass\nprint(tried(os.execv, '/usr/bin/passwd', ['x']), tried(os.execv, '/bin/su', "
+        "['x']))",
         Ends("absent", out="ENOENT ENOENT"),
         restricted=Ends("no exec at all", out="EPERM EPERM"),
     ),
@@ -245,14 +251,15 @@ CASES = [
         74,
         "devices",
         "import stat\nprint(tried(os.mknod, 'x', stat.S_IFCHR | 0o600, os.makedev(1, 1)), "
-        "tried(os.mknod, 'y', stat.S_IFBLK | 0o600, os.makedev(8, 0)), tried(open, '/dev/mem'), tried(open, '/dev/kmsg'))",
+        "tried(os.mknod, 'y', stat.S_IFBLK | 0o600, os.makedev(8, 0)), tried(open, '/dev/mem'), tried(open, "
+        "'/dev/kmsg'))",
         Ends("EPERM; absent", out="EPERM EPERM ENOENT ENOENT"),
         restricted=Ends("EPERM, EACCES", out="EPERM EPERM (EACCES|ENOENT|EPERM) (EACCES|ENOENT|EPERM)"),
     ),
     Case(
         75,
         "what is mounted, what lies at the root",
-        "print(*sorted(os.listdir('/')))",
+        "import os\nprint(*sorted(os.listdir('/')))",
         Ends("interpreter and libraries", out=r"[\w .-]+", exit_code=0),
         restricted=Ends("EACCES", "error", 1, err="PermissionError"),
     ),

@@ -7,7 +7,8 @@ from cases import Case, Ends
 _REFUSED = "((EPERM|ENOSYS) ?)+"
 _MACHINE_CODE = (
     "import mmap\ndef run(code):\n    page = mmap.mmap(-1, 4096, prot=7)\n    page.write(code)\n"
-    "    address = ctypes.addressof(ctypes.c_char.from_buffer(page))\n    return ctypes.CFUNCTYPE(ctypes.c_long)(address)()\n"
+    "    address = ctypes.addressof(ctypes.c_char.from_buffer(page))\n"
+    "    return ctypes.CFUNCTYPE(ctypes.c_long)(address)()\n"
 )
 
 CASES = [
@@ -63,7 +64,8 @@ CASES = [
     Case(
         81,
         "a user namespace by clone",
-        "for flag in (0x10000000, 0x20000, 0x40000000, 0x20000000):\n    print(call('clone', flag | 17, 0, 0, 0, 0), end=' ')",
+        "for flag in (0x10000000, 0x20000, 0x40000000, 0x20000000):\n"
+        "    print(call('clone', flag | 17, 0, 0, 0, 0), end=' ')",
         Ends("EPERM", out="(EPERM ?)+"),
     ),
     Case(

@@ -149,7 +149,8 @@ CASES = [
     Case(
         40,
         "a thousand zombies",
-        "import os\nmade = 0\nwhile made < 1000:\n    try:\n        pid = os.fork()\n    except BlockingIOError: continue\n"
+        "import os\nmade = 0\nwhile made < 1000:\n    try:\n        pid = os.fork()\n"
+        "    except BlockingIOError: continue\n"
         "    if pid == 0:\n        try: os.fork()\n        except OSError: pass\n        os._exit(0)\n"
         "    os.waitpid(pid, 0)\n    made += 1\nprint(made)",
         Ends("reaped", exit_code=0, out="1000"),
@@ -170,7 +171,9 @@ CASES = [
         "        threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n        n += 1\n"
         "except RuntimeError as error: print(error)",
         Ends("no more than `processes`", exit_code=0, out="can't start new thread"),
-        restricted=Ends("bounded by `memory_mb`, as user also by `processes`", exit_code=0, out="can't start new thread"),
+        restricted=Ends(
+            "bounded by `memory_mb`, as user also by `processes`", exit_code=0, out="can't start new thread"
+        ),
         config={"memory_mb": 256},
     ),
     Case(
@@ -184,14 +187,16 @@ CASES = [
     Case(
         56,
         "raises its own limits",
-        "import resource as r\nfor limit in (r.RLIMIT_AS, r.RLIMIT_FSIZE, r.RLIMIT_NOFILE, r.RLIMIT_CPU, r.RLIMIT_CORE):\n"
+        "import resource as r\nfor limit in (r.RLIMIT_AS, r.RLIMIT_FSIZE, r.RLIMIT_NOFILE, r.RLIMIT_CPU, "
+        "r.RLIMIT_CORE):\n"
         "    print(tried(r.setrlimit, limit, (-1, -1)), end=' ')\nlibc.getpid();",
         Ends("refused", out="(ValueError ){5}.*"),
     ),
     Case(
         57,
         "limits of a new program",
-        "import subprocess, sys\nask = 'import resource as r; print(r.getrlimit(r.RLIMIT_AS), r.getrlimit(r.RLIMIT_CORE))'\n"
+        "import subprocess, sys\nask = 'import resource as r; print(r.getrlimit(r.RLIMIT_AS), "
+        "r.getrlimit(r.RLIMIT_CORE))'\n"
         "print(subprocess.run([sys.executable, '-c', ask], capture_output=True, text=True).stdout)",
         Ends("the same", out=r"\((?!-1)\d+, \d+\) \(0, 0\)"),
         restricted=Ends("EPERM", "error", 1, err="PermissionError"),

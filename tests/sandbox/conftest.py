@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from leftovers import PRELOAD, InSandbox, SharedSandboxes, identify, nothing_since, snapshot
+from leftovers import PRELOAD, InSandbox, SharedSandboxes, folder_of, identify, nothing_since, snapshot
 from tiers import CONDITIONS, SkippedCondition, Worker
 
 from retool.config import SandboxConfig
@@ -26,15 +26,15 @@ def in_sandbox() -> InSandbox:
         async def whole() -> Any:
             before = snapshot()
             sandbox = LocalSandbox(SandboxConfig(**({"workers": 3, "preload": PRELOAD} | config)))
-            mark = ""
+            mark = folder = ""
             try:
-                mark = await identify(sandbox)
+                mark, folder = await identify(sandbox), folder_of(sandbox)
                 answer = await scenario(sandbox)
                 after = await sandbox.execute("print('still', 'here')", 30)
                 assert (after.status, after.stdout) == (ExecutionStatus.OK, "still here\n")
             finally:
                 await sandbox.close()
-            await nothing_since(before, mark)
+            await nothing_since(before, mark, folder)
             return answer
 
         return asyncio.run(whole())

@@ -1,9 +1,10 @@
-"""Look for what a sandbox may have left behind. No absolute claim about the machine: others may use it too, so only what
-carries our mark, what this process holds, and what became of its children."""
+"""Look for what a sandbox may have left behind. No absolute claim about the machine: others may use it too, so only
+what carries our mark, what this process holds, and what became of its children."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import glob
 import os
 import tempfile
@@ -97,31 +98,31 @@ def snapshot() -> Snapshot:
     return Snapshot(count_descriptors(), folders, mounts, frozenset(descendants(os.getpid())))
 
 
-async def nothing_since(before: Snapshot, mark: str = "", folders_are_ours: bool = False) -> None:
-    """Assert that all is as it was; only folders of this user that nobody uses any more count as left behind."""
+async def nothing_since(before: Snapshot, mark: str = "", folder: str = "") -> None:
+    """Assert that all is as it was; ``folder``: the one that the sandbox had, where others have theirs beside it."""
     now = snapshot()
     assert now.descriptors == before.descriptors, sorted(os.listdir("/proc/self/fd"))
     assert now.mounts == before.mounts, now.mounts ^ before.mounts
-    children = now.children - before.children
+    children = {pid for pid in now.children - before.children if not reaped(pid)}
     assert not children, describe(children)
     if mark:
         assert traces(mark) == []
-    for folder in now.folders - before.folders:
-        assert not _is_orphan(folder), folder
+    left = [folder] if folder else now.folders - before.folders
+    assert not any(os.path.exists(path) for path in left), left
 
 
-def _is_orphan(folder: str) -> bool:
-    """Whether no launcher works in that folder: other tests of this user may have sandboxes of their own."""
-    if os.stat(folder).st_uid != os.geteuid():
-        return False
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                if os.readlink(f"/proc/{name}/cwd") == folder:
-                    return False
-            except OSError:
-                continue
-    return os.path.exists(folder)
+def reaped(pid: int) -> bool:
+    """Whether ``pid`` is gone; one that has died as an orphan, and so as this process's child, is reaped first."""
+    with contextlib.suppress(OSError):
+        os.waitpid(pid, os.WNOHANG)
+    return not os.path.exists(f"/proc/{pid}")
+
+
+def folder_of(sandbox: LocalSandbox) -> str:
+    """What it has made in the machine's folder for temporary files: its launcher works there."""
+    folder = os.readlink(f"/proc/{launcher_pid(sandbox)}/cwd")
+    assert os.path.basename(folder).startswith("retool-sandbox-")
+    return folder
 
 
 def count_descriptors() -> int:

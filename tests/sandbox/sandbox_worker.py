@@ -9,7 +9,6 @@ import ctypes
 import json
 import os
 import sys
-import tempfile
 import traceback
 from typing import Any
 
@@ -83,8 +82,7 @@ class Kept:
 
     def settled(self) -> bool:
         return (
-            leftovers.count_descriptors() <= self.descriptors
-            and len(leftovers.below(self.sandbox)) <= self.processes
+            leftovers.count_descriptors() <= self.descriptors and len(leftovers.below(self.sandbox)) <= self.processes
         )
 
     def state(self) -> str:
@@ -221,5 +219,4 @@ def main(tier: str) -> None:
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come here, and are found
     answers = os.dup(1)
     os.dup2(2, 1)
-    tempfile.tempdir = "/tmp"
     asyncio.run(_serve(tier, answers))

@@ -1,5 +1,5 @@
-"""Every case in every tier, each on this machine where it can be had: one right answer, and then the next run is right, a
-sibling lives, and no process, file, descriptor, mount or control group is left."""
+"""Every case in every tier, each on this machine where it can be had: one right answer, and then the next run is right,
+a sibling lives, and no process, file, descriptor, mount or control group is left."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def test_tier(worker: Worker) -> None:
         assert refusal == ""
     else:
         assert "\n" not in refusal
-        assert re.match(r"sandbox\.tier = 'full': this machine gives '\w+'; the layer '\w+' is missing \(.+\)\. To get it: ", refusal)
+        assert re.match(
+            r"sandbox\.tier = 'full': this machine gives '\w+'; the layer '\w+' is missing \(.+\)\. To get it: ",
+            refusal,
+        )
 
 
 def test_every_case_of_the_list_is_there() -> None:
@@ -79,5 +82,6 @@ def test_other_cases_have_their_test(other: cases.Elsewhere) -> None:
     assert f"def {function}(" in (Path(__file__).parent / file).read_text()
 
 
-def test_the_table_in_the_documentation() -> None:
-    assert cases.table() in DOCS.read_text(), "python tests/sandbox/cases.py prints the table"
+def test_the_tables_in_the_documentation() -> None:
+    for table in (cases.table(), cases.layers_table()):
+        assert table in DOCS.read_text(), "python tests/sandbox/cases.py prints the tables"

@@ -1,7 +1,7 @@
 import os
 from pathlib import Path
 
-from retool.sandbox.folders import is_pristine, wipe
+from retool.sandbox.folders import empty, is_pristine, wipe
 
 
 def test_wipes_deep_and_wide_trees(tmp_path: Path) -> None:
@@ -44,16 +44,27 @@ def test_missing_folder_is_gone_already(tmp_path: Path) -> None:
 
 def test_is_pristine(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    assert not is_pristine(str(folder))
+    assert not is_pristine(str(folder), 0o700)
     folder.mkdir()
     folder.chmod(0)
-    assert is_pristine(str(folder))
-    assert folder.stat().st_mode & 0o777 == 0o700
+    assert is_pristine(str(folder), 0o1777)
+    assert folder.stat().st_mode & 0o7777 == 0o1777
     (folder / "a").write_text("x")
-    assert not is_pristine(str(folder))
+    assert not is_pristine(str(folder), 0o1777)
     link = tmp_path / "link"
     other = tmp_path / "other"
     other.mkdir(0o755)
     link.symlink_to(other)
-    assert not is_pristine(str(link))
+    assert not is_pristine(str(link), 0o700)
     assert other.stat().st_mode & 0o777 != 0o700
+
+
+def test_empty_leaves_the_folder_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "a" / "c").write_text("x")
+    (folder / "a").chmod(0)
+    (folder / "link").symlink_to(tmp_path)
+    assert empty(str(folder))
+    assert is_pristine(str(folder), 0o700)
+    assert empty(str(folder))

@@ -20,6 +20,7 @@ import select
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def _drop_capabilities(kept: tuple[int, ...]) -> None:
     _check(_libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), sets), "capset")
 
 
-# -- whether the condition can be had, in the tests ---------------------------------------------------------------------
+# -- whether the condition can be had, in the tests --------------------------------------------------------------------
 
 
 def check_condition(condition: str) -> None:
@@ -183,11 +184,13 @@ class Worker:
         check_condition(condition)
         self.condition, self.tier = condition, CONDITIONS[condition]
         self.marks: set[str] = set()
+        self._folder = tempfile.mkdtemp(prefix="retool-test-")
+        os.chmod(self._folder, 0o1777)
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "tiers.py"), condition],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "TRAINERS_SECRET": "only-the-trainer-knows"},
+            env={**os.environ, "TMPDIR": self._folder, "TRAINERS_SECRET": "only-the-trainer-knows"},
         )
         self._rest = b""
 
@@ -237,9 +240,11 @@ class Worker:
             answer["files"] = {name: base64.b64decode(data) for name, data in answer["files"].items()}
         return list(found)
 
-    def call(self, scenario: str, config: dict[str, Any] | None = None, **arguments: Any) -> Any:
+    def call(
+        self, scenario: str, config: dict[str, Any] | None = None, patience_s: float = PATIENCE_S, **arguments: Any
+    ) -> Any:
         """Run a function of ``scenarios`` in the worker, with a sandbox of its own."""
-        return self.ask("call", scenario=scenario, config=config or {}, arguments=arguments)
+        return self.ask("call", patience_s, scenario=scenario, config=config or {}, arguments=arguments)
 
     def close(self) -> None:
         """End it; what it and its sandboxes left behind is an AssertionError."""
@@ -255,6 +260,7 @@ class Worker:
             self._process.wait(PATIENCE_S)
         for mark in self.marks:
             assert traces(mark) == []
+        os.rmdir(self._folder)  # it must be empty
 
 
 def request_of(code: str, timeout_s: float, **rest: Any) -> dict[str, Any]:

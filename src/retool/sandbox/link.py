@@ -173,6 +173,7 @@ class Link:
             with theirs:
                 self._launch(theirs.fileno())
         except OSError as error:
+            self._lost = True  # nothing is left to close
             self._control.close()
             folders.wipe(self._root)
             raise SandboxBroken(f"the sandbox cannot start its zygote: {error}") from error

@@ -54,7 +54,7 @@ class LocalSandbox:
         self._idle: deque[Child] = deque()
         self._waiting: deque[asyncio.Future[Child]] = deque()
         self._runs: dict[Child, Run] = {}
-        self._sessions = Sessions(self._config.session_idle_s, self.workers)
+        self._sessions = Sessions(self._config.session_idle_s, self.workers, self._end_interpreter)
         self._idle_deaths = 0
         self._closed = False
 
@@ -310,6 +310,10 @@ class LocalSandbox:
             child.kill()
             if not keep_channel:
                 self._retire(child)
+
+    def _end_interpreter(self, child: Child) -> None:
+        child.kill()
+        self._retire(child)  # the slot was made for the session
 
     def _retire(self, child: Child) -> None:
         if self._link is not None:

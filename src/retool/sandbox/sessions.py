@@ -4,7 +4,7 @@ for too long."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -27,8 +27,9 @@ class Session:
 
 
 class Sessions:
-    def __init__(self, idle_s: float, most_running: int) -> None:
+    def __init__(self, idle_s: float, most_running: int, end: Callable[[Child], None]) -> None:
         self._idle_s = idle_s
+        self._end_child = end
         self._all: dict[str, Session] = {}
         self._by_child: dict[Child, Session] = {}
         self._room = asyncio.Semaphore(most_running)
@@ -76,8 +77,9 @@ class Sessions:
             self._end(self._all.pop(name))
 
     def _end(self, session: Session) -> None:
-        if session.child is not None:
-            session.child.kill()
+        child, session.child = session.child, None
+        if child is not None:
+            self._end_child(child)
 
     def on_exit(self, child: Child) -> None:
         """The interpreter has ended by itself, or was ended."""
