@@ -215,7 +215,7 @@ def test_preloaded_module_that_ends_the_process(tmp_path: Path) -> None:
     (folder / "deadly.py").write_text("import os; os._exit(3)")
     lines = run_apart(BROKEN + "sys.path.append(sys.argv[1])\nasyncio.run(main(['deadly']))", str(folder))
     assert lines[0].startswith("the sandbox cannot jail code here: ")
-    assert lines[0].endswith("zygote: the zygote ended early")
+    assert lines[0].endswith("zygote: it ended early with exit code 3")
     assert lines[1:] == [f"infra {lines[0]}", "True"]
 
 

@@ -434,12 +434,6 @@ def tier_of(layers: Iterable[str]) -> str:
     return reached
 
 
-def first_missing(tier: str, layers: Iterable[str]) -> Layer | None:
-    """The first layer that keeps ``tier`` out of reach."""
-    there = frozenset(layers)
-    return next((layer for layer in LAYERS if tier in layer.tiers and layer.name not in there), None)
-
-
 # -- the limits of one run ---------------------------------------------------------------------------------------------
 
 

@@ -129,7 +129,7 @@ class Launcher:
         while True:
             question = desk.receive(end)
             if question is None:
-                return {"layer": "", "error": "the zygote ended early"}
+                return {"layer": "", "error": f"it ended early{self._exit_code()}"}
             kind = question.pop("ask")
             try:
                 if kind == "told":
@@ -137,6 +137,14 @@ class Launcher:
                 self._serve(end, kind, question, pid)
             except OSError as error:
                 desk.reply(end, error=str(error))
+
+    def _exit_code(self) -> str:
+        """The zygote's, in words; it has just ended."""
+        try:
+            _, status = os.waitpid(self.zygote, 0) if self.zygote else (0, -1)
+        except ChildProcessError:
+            return ""
+        return f" with exit code {os.waitstatus_to_exitcode(status)}" if status >= 0 else ""
 
     def _serve(self, end: socket.socket, kind: str, question: dict[str, Any], pid: int) -> None:
         if kind == "map":
@@ -238,12 +246,28 @@ def _terminated(signum: int, frame: object) -> None:
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
-    settings = json.loads(wire.unpack(control.recv(wire.MAX_PACKET)).body)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGTERM, _terminated)
     kernel.signal_on_parents_death(signal.SIGTERM)
-    if os.getppid() != settings["parent"]:
+    start = control.recv(wire.MAX_PACKET)
+    if not start:  # the supervisor died before it could say more than where to start, which is its folder
+        folders.wipe(os.getcwd())
         return
+    settings = json.loads(wire.unpack(start).body)
+    launcher = Launcher(control, settings)
+    try:
+        # From here on the folder is this process's to remove.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        if os.getppid() == settings["parent"]:
+            _set_up(settings["paths"])
+            launcher.run()
+    finally:
+        launcher.tidy()
+
+
+def _set_up(paths: list[str]) -> None:
+    """Make this process what a program expects to find, as far as it is the same for all."""
     kernel.become_subreaper()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, hard), hard))
@@ -251,13 +275,8 @@ def main() -> None:
 
     for add in (site.setquit, site.setcopyright, site.sethelper):
         add()  # exit() and help(), which -S left out
-    sys.path[:] = [path for path in sys.path if path] + settings["paths"]
+    sys.path[:] = [path for path in sys.path if path] + paths
     sys.argv = [program.FILENAME]
-    launcher = Launcher(control, settings)
-    try:
-        launcher.run()
-    finally:
-        launcher.tidy()
 
 
 if __name__ == "__main__":

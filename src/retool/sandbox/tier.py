@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from retool.errors import SandboxBroken, SandboxRefused
-from retool.sandbox.jail import TIERS, first_missing, tier_of
+from retool.sandbox.jail import LAYERS, TIERS, Layer, tier_of
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,27 @@ def check_tier(info: SandboxInfo, least: str) -> None:
     get it."""
     if TIERS.index(info.tier) >= TIERS.index(least):
         return
-    layer = first_missing(least, info.layers)
-    name = layer.name if layer is not None else "?"
-    mend = layer.mend if layer is not None else ""
-    # Where the stronger tier failed as a whole, the layer that failed first is the one to mend.
-    reason = info.missing.get(name) or _reasons(info.missing)
+    layer, reason = _what_failed(least, info)
     raise SandboxRefused(
-        f"sandbox.tier = {least!r}: this machine gives {info.tier!r}; the layer {name!r} is missing ({reason}). "
-        f"To get it: {mend}; or set sandbox.tier = {info.tier!r}"
+        f"sandbox.tier = {least!r}: this machine gives {info.tier!r}; the layer {layer.name!r} is missing ({reason}). "
+        f"To get it: {layer.mend}; or set sandbox.tier = {info.tier!r}"
     )
+
+
+def _what_failed(tier: str, info: SandboxInfo) -> tuple[Layer, str]:
+    """The layer that keeps ``tier`` out of reach, and why: the one that was tried and failed, before those that were
+    not tried any more because of it."""
+    lacking = [layer for layer in LAYERS if tier in layer.tiers and layer.name not in info.layers]
+    tried = [layer for name in info.missing for layer in lacking if layer.name == name]
+    layer = (tried or lacking)[0]
+    return layer, info.missing.get(layer.name, "it was not tried")
 
 
 def how_to_get_more(info: SandboxInfo) -> str:
     """What gives the next stronger tier; empty where there is none."""
     for tier in TIERS[TIERS.index(info.tier) + 1 :]:
-        layer = first_missing(tier, info.layers)
-        if layer is not None:
-            return f"for tier {tier!r} (layer {layer.name!r}): {layer.mend}"
+        layer, _ = _what_failed(tier, info)
+        return f"for tier {tier!r} (layer {layer.name!r}): {layer.mend}"
     return ""
 
 
