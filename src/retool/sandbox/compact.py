@@ -20,6 +20,7 @@ import ctypes
 import mmap
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,6 +28,9 @@ _RW, _RWX = mmap.PROT_READ | mmap.PROT_WRITE, mmap.PROT_READ | mmap.PROT_WRITE |
 _MAP_PRIVATE, _MAP_FIXED = 2, 16
 _MFD_CLOEXEC = 1
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_NAME = "retool-zygote"
+_CLEAN = 1 << 63 | 1 << 61
+"""Present, and a page of a file (Documentation/admin-guide/mm/pagemap.rst)."""
 _STEP = 4 * _PAGE
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 _SMALL = 1 << 19
@@ -61,7 +65,7 @@ def compact() -> int:
     libc.mmap.restype = ctypes.c_void_p
     if platform.libc_ver()[0] != "glibc" or platform.machine() not in ("x86_64", "aarch64"):
         return 0
-    handle = os.memfd_create("retool-zygote", _MFD_CLOEXEC)
+    handle = os.memfd_create(_NAME, _MFD_CLOEXEC)
     try:
         chunks = list(_chunks(list(_regions()), _may_run_code(libc, handle)))
         _run_chain(libc, list(_calls(libc, handle, chunks)))
@@ -134,6 +138,38 @@ def _give_zeros_back(libc: ctypes.CDLL, handle: int) -> None:
         if os.pread(handle, _STEP, offset) == nothing[: size - offset]:
             mode = ctypes.c_int(_FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE)
             libc.fallocate(handle, mode, ctypes.c_long(offset), ctypes.c_long(_STEP))
+
+
+def drop_clean_pages() -> None:
+    """Unmap what this process has only read of the file: the kernel maps sixteen pages where one was asked for, and
+    every fork copies them all. They come back when they are touched.
+
+    Raises:
+        OSError: /proc is not there, or not readable.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for region in list(_regions()):
+            if _NAME in region.name:
+                for start, size in _clean_runs(region, pagemap):
+                    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+    finally:
+        os.close(pagemap)
+
+
+def _clean_runs(region: Region, pagemap: int) -> Iterator[tuple[int, int]]:
+    """Address and size of each run of pages that are mapped and still the file's."""
+    count = (region.end - region.start) // _PAGE
+    raw = os.pread(pagemap, 8 * count, region.start // _PAGE * 8)
+    begin = -1
+    for index in range(count + 1):
+        entry = int.from_bytes(raw[8 * index : 8 * index + 8], sys.byteorder)  # 0 after the last
+        if entry & _CLEAN == _CLEAN:
+            begin = index if begin < 0 else begin
+        elif begin >= 0:
+            yield region.start + begin * _PAGE, (index - begin) * _PAGE
+            begin = -1
 
 
 def _run_chain(libc: ctypes.CDLL, calls: list[Call]) -> None:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from retool.sandbox import folders, jail, kernel, program, seccomp, wire
+from retool.sandbox import compact, folders, jail, kernel, program, seccomp, wire
 
 NOT_JAILED = 125
 """Exit code of a child that could not be jailed, as env(1) and timeout(1) use it for their own failure."""
@@ -64,14 +64,21 @@ class Keeper:
             os.umask(0o077)
             os.chdir(self.cell.folder)
             self.main = program.Main(self.cell.folder)
+            self._have_a_child()
+            with contextlib.suppress(OSError):
+                compact.drop_clean_pages()  # now that this process has what it needs itself
+            kernel.set_dumpable(False)
             while True:
-                self._await(self._fork())
-                self._fetch()
-                self._clean()
+                self._have_a_child()
         except (BrokenPipeError, ConnectionResetError, SlotSpoiledError):
             os._exit(0)
         except BaseException:
             os._exit(1)
+
+    def _have_a_child(self) -> None:
+        self._await(self._fork())
+        self._fetch()
+        self._clean()
 
     def _send_listener(self) -> None:
         if self.cell.listener is not None:

@@ -91,11 +91,11 @@ class Main:
         Python's own finalisation is left out: it would take milliseconds to tear down modules that die with the
         process."""
         code = guard(lambda: self._execute(source))
-        if threading.active_count() > 1 or atexit._ncallbacks():
+        if len(threading._active) > 1 or atexit._ncallbacks():  # type: ignore[attr-defined]
             for last in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
                 code = guard(last) or code
         # Objects of the program close and flush what they hold. Daemon threads would miss their globals.
-        if threading.active_count() == 1:
+        if len(threading._active) == 1:  # type: ignore[attr-defined]
             guard(self.module.__dict__.clear)
         return _flush() or code
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import signal
@@ -64,6 +65,9 @@ async def serve(
         listener = await listen(sandbox, config, sock)
         with contextlib.nullcontext() if stop is not None else _on_signals(stopping):
             try:
+                # What is there now stays: the collector need not look at it again and again.
+                gc.collect()
+                gc.freeze()
                 announce(greeting(sandbox, config, listener.port, info))
                 await stopping.asked.wait()
                 await _drain(listener, config.drain_s, stopping)

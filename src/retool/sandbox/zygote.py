@@ -232,7 +232,6 @@ class Zygote:
             self.desk.close()
             if on_parents_death is not None:
                 kernel.signal_on_parents_death(on_parents_death)
-            kernel.set_dumpable(False)
             keeper.Keeper(cell, channel, self.null).serve()
         finally:
             os._exit(1)
