@@ -9,13 +9,13 @@ import random
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 
 from retool.config import SandboxConfig
 from retool.errors import SandboxBroken, SandboxRefused
+from retool.sandbox.base import OneLoopSandbox
 from retool.sandbox.fusion import EndSessionRequest, RunCodeAnswer, RunCodeRequest, infra, result_of
 from retool.types import ExecutionRequest, ExecutionResult, ExecutionStatus
 
@@ -63,7 +63,7 @@ class _NoReply(Exception):
         """Whether it is worth trying at once."""
 
 
-class RemoteSandbox:
+class RemoteSandbox(OneLoopSandbox):
     """Runs Python programs by a service (``retool.protocols.Sandbox``).
 
     At most ``config.concurrency`` requests are under way, sessions' ends apart. A service that cannot be reached or is
@@ -79,6 +79,7 @@ class RemoteSandbox:
         line_s: float = LINE_S,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        super().__init__()
         self._config = config
         self._url = config.url.rstrip("/").removesuffix("/run_code")
         self._line_s = line_s
@@ -90,17 +91,6 @@ class RemoteSandbox:
         self._ends: set[asyncio.Task[None]] = set()
         self._http: aiohttp.ClientSession | None = None
         self._places = asyncio.Semaphore(config.concurrency)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._closed = False
-
-    async def __aenter__(self) -> RemoteSandbox:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def start(self) -> None:
         """Find the service.
@@ -150,15 +140,6 @@ class RemoteSandbox:
             request.session = self._session_name(session)
         async with self._places:
             return self._cut(await self._insist(request))
-
-    def _check_use(self) -> None:
-        loop = asyncio.get_running_loop()
-        if self._closed:
-            raise RuntimeError("this sandbox is closed: make a new RemoteSandbox")
-        if self._loop is None:
-            self._loop = loop
-        if self._loop is not loop:
-            raise RuntimeError("this sandbox belongs to another event loop: make a new RemoteSandbox in this one")
 
     def _session_name(self, session: str) -> str:
         digest = hashlib.blake2b(session.encode("utf-8", "surrogatepass"), digest_size=16)

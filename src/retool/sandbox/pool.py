@@ -10,11 +10,11 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from types import TracebackType
 
 from retool.config import SandboxConfig
 from retool.errors import SandboxBroken
 from retool.sandbox import fetching
+from retool.sandbox.base import OneLoopSandbox
 from retool.sandbox.link import Child, Link
 from retool.sandbox.outcome import Ending, Limits, Run
 from retool.sandbox.sessions import Session, Sessions
@@ -34,7 +34,7 @@ class LostError(Exception):
     """The machine failed under a run."""
 
 
-class LocalSandbox:
+class LocalSandbox(OneLoopSandbox):
     """Runs Python programs in jailed single-use children of a warmed-up zygote process (``retool.protocols.Sandbox``).
 
     At most ``workers`` programs run at a time; further calls wait in the order in which they came, and their deadlines
@@ -43,11 +43,11 @@ class LocalSandbox:
     """
 
     def __init__(self, config: SandboxConfig | None = None) -> None:
+        super().__init__()
         self._config = config or SandboxConfig()
         self._cores = os.cpu_count() or 1
         self.workers = self._config.workers or 2 * self._cores + 8
         """Programs that run at a time."""
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._starting = asyncio.Lock()
         self._link: Link | None = None
         self._info: SandboxInfo | None = None
@@ -56,7 +56,6 @@ class LocalSandbox:
         self._runs: dict[Child, Run] = {}
         self._sessions = Sessions(self._config.session_idle_s, self.workers, self._end_interpreter)
         self._idle_deaths = 0
-        self._closed = False
 
     @property
     def info(self) -> SandboxInfo | None:
@@ -77,15 +76,6 @@ class LocalSandbox:
     def running(self) -> int:
         """Programs that have their code and have not ended."""
         return sum(not run.ended.done() for run in self._runs.values())
-
-    async def __aenter__(self) -> LocalSandbox:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def start(self) -> SandboxInfo:
         """Start the zygote unless it runs.
@@ -110,16 +100,6 @@ class LocalSandbox:
                     raise
                 self._info = info
             return self._info
-
-    def _check_use(self) -> asyncio.AbstractEventLoop:
-        loop = asyncio.get_running_loop()
-        if self._closed:
-            raise RuntimeError("this sandbox is closed: make a new LocalSandbox")
-        if self._loop is None:
-            self._loop = loop
-        if self._loop is not loop:
-            raise RuntimeError("this sandbox belongs to another event loop: make a new LocalSandbox in this one")
-        return loop
 
     # -- running code --------------------------------------------------------------------------------------------------
 

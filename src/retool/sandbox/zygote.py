@@ -180,13 +180,15 @@ class Zygote:
         Raises:
             OSError: no more processes, descriptors or control groups; or the supervisor is gone.
         """
-        slot = heapq.heappop(self.free) if self.free else self.next
-        self.next = max(self.next, slot + 1)
+        slot = self.free[0] if self.free else self.next
         cell = self._slot_cell(slot)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             pid = self._fork_keeper(cell, theirs, ours)
             self.slots[pid] = (slot, time.monotonic())
+            if self.free:
+                heapq.heappop(self.free)
+            self.next = max(self.next, slot + 1)
             socket.send_fds(self.control, [wire.pack(wire.Packet(wire.Kind.SLOT, slot))], [ours.fileno()])
         finally:
             ours.close()
