@@ -33,11 +33,11 @@ found = [os.getcwd(), listed('.'), listed('/dev/shm'), sorted(os.environ), len(s
 found.append(oct(os.umask(0o77)))
 processes = listed('/proc') or []
 found.append(sum(name.isdigit() for name in processes))
-if found[0] == '/tmp':
-    room = os.statvfs('/tmp')
+if found[0] in ('/tmp', '/sandbox'):
+    room = os.statvfs('.')
     found.append((room.f_bfree, room.f_ffree))
-    found.append([oct(os.stat(path).st_mode) for path in ('/tmp', '/dev/shm')])
-    found.append(os.listxattr('/tmp'))
+    found.append([oct(os.stat(path).st_mode) for path in ('.', '/dev/shm')])
+    found.append(os.listxattr('.'))
 print('still here', found)
 """
 """What every run must find the same."""

@@ -62,8 +62,8 @@ where some programs stop."""
 UIDS = 1 << 16
 """User numbers of one sandbox: its zygote's root, then one for each slot."""
 FIRST_SLOT_UID = 1000
-HOME = "/tmp"
-"""A run's working folder where it has a file system of its own."""
+HOMES = ("/tmp", "/sandbox")
+"""A run's working folder where it has a file system of its own: the first that hides nothing which the code needs."""
 HOST_NAME = "sandbox"
 _PROC_FLAGS = kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 
@@ -101,7 +101,7 @@ class Cell:
     slot: int = 0
     joins: list[int] = field(default_factory=list)
     """Descriptors to which a process writes ``0`` to join the slot's control groups, that for memory first."""
-    folder: str = HOME
+    folder: str = HOMES[0]
     """The run's working folder."""
     counts_processes: bool = False
     """Whether RLIMIT_NPROC would count this slot's processes alone."""
@@ -273,7 +273,7 @@ def _disk(cell: Cell) -> None:
     """One file system in memory, bounded, for all that a run may write."""
     options = f"size={cell.file_mb}m,nr_inodes={cell.max_files + 4},mode=711"
     kernel.mount("tmpfs", "/box", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
-    for name, target in (("tmp", HOME), ("shm", "/dev/shm")):
+    for name, target in (("tmp", cell.folder), ("shm", "/dev/shm")):
         os.mkdir(f"/box/{name}")
         os.chmod(f"/box/{name}", 0o1777)
         kernel.mount(f"/box/{name}", target, None, kernel.MS_BIND)
@@ -337,7 +337,7 @@ def _landlock(cell: Cell) -> None:
     if cell.tier == RESTRICTED:
         kernel.landlock(tree.resolved(cell.sources) + devices, [cell.folder, "/dev/null"])
     else:
-        kernel.landlock(["/"], [HOME, "/dev/shm", *devices])
+        kernel.landlock(["/"], [cell.folder, "/dev/shm", *devices])
 
 
 def _seccomp_for_the_slot(cell: Cell) -> None:
@@ -417,6 +417,13 @@ LAYERS: tuple[Layer, ...] = (
 """In the order in which they are applied within a stage."""
 
 _NEEDS_SPACES = frozenset(["tree", "cgroup", "user", "pid", "net", "ipc", "uts", "mount", "proc", "root", "disk"])
+
+
+def home(sources: list[str]) -> str:
+    """Where a run's disk goes: not over packages that lie below /tmp."""
+    real = tree.resolved(sources)
+    free = [folder for folder in HOMES if not any(path.startswith(folder + "/") for path in real)]
+    return (free or HOMES)[0]
 
 
 def candidates(tier: str) -> set[str]:

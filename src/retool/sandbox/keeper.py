@@ -50,7 +50,7 @@ class Keeper:
         self.channel_number = channel.fileno()
         self.null = null
         self.cell.parent = os.getpid()
-        self.homes = [cell.folder] if cell.tier == jail.RESTRICTED else [jail.HOME, "/dev/shm"]
+        self.homes = [cell.folder] if cell.tier == jail.RESTRICTED else [cell.folder, "/dev/shm"]
         self.mode = 0o700 if cell.tier == jail.RESTRICTED else 0o1777
 
     def serve(self) -> NoReturn:
@@ -131,7 +131,7 @@ class Keeper:
     def _free_space(self) -> tuple[int, int]:
         if self.cell.tier == jail.RESTRICTED:
             return 0, 0
-        found = os.statvfs(jail.HOME)
+        found = os.statvfs(self.cell.folder)
         return found.f_bfree, found.f_ffree
 
     def _clean(self) -> None:

@@ -103,10 +103,12 @@ class Launcher:
 
     def _cell(self, tier: str) -> jail.Cell:
         settings = self.settings
+        sources = tree.contents(settings["paths"])
         return jail.Cell(
             tier,
             jail.candidates(tier),
-            sources=tree.contents(settings["paths"]),
+            sources=sources,
+            folder=jail.home(sources),
             filters={name: seccomp.load(name) for name in ("namespaced", "restricted")},
             file_mb=settings["file_mb"],
             max_files=settings["max_files"],

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from retool.sandbox import kernel
 
 DEVICES = ("null", "zero", "full", "random", "urandom")
-_EMPTY = ("box", "tmp", "proc", "dev", "dev/shm")
+_EMPTY = ("box", "tmp", "sandbox", "proc", "dev", "dev/shm")
 """Folders where a slot mounts its own."""
 _LINKS = (("dev/fd", "/proc/self/fd"), ("dev/stdin", "fd/0"), ("dev/stdout", "fd/1"), ("dev/stderr", "fd/2"))
 _EXTRAS = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
