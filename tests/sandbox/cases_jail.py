@@ -50,7 +50,9 @@ CASES = [
     Case(
         12,
         "`/etc/passwd`, `~/.ssh`",
-        _READ + "for path in ('/etc/passwd', '/root/.ssh/id_rsa', '/home', '/etc/shadow', '/var', '$REPOSITORY'):\n"
+        _READ
+        + "for path in ('/etc/passwd', '/root/.ssh/id_rsa', '/etc/shadow', '/etc/hostname', '/var/lib/dpkg/status', "
+        "'$REPOSITORY'):\n"
         "    print(tried(read, path), end=' ')",
         Ends("absent", out="ENOENT ENOENT ENOENT ENOENT ENOENT (ENOENT|EISDIR)"),
         restricted=Ends("EACCES", out="(EACCES ?|ENOENT ?)+"),
