@@ -18,6 +18,7 @@ import time
 
 from retool.config import SandboxConfig
 from retool.sandbox import LocalSandbox
+from retool.sandbox.bench import percentile
 from retool.types import ExecutionStatus
 
 PROGRAMS = {
@@ -62,11 +63,6 @@ def cold(code: str, stdout: str, count: int) -> list[float]:
         if done.stdout != stdout:
             raise SystemExit(f"wrong answer: {done.stdout!r}")
     return waits
-
-
-def percentile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 async def main(arguments: argparse.Namespace) -> None:

@@ -25,8 +25,6 @@ from typing import Any, NoReturn
 
 from retool.sandbox import compact, folders, jail, kernel, program, seccomp, wire
 
-NOT_JAILED = 125
-"""Exit code of a child that could not be jailed, as env(1) and timeout(1) use it for their own failure."""
 CODE_FD = 3
 """Where a child reads its code, and the last descriptor that it keeps."""
 _CLOSE_FROM, _CLOSE_TO = CODE_FD + 1, 1024
@@ -184,7 +182,7 @@ class Keeper:
 
     def _be_child(self, descriptors: tuple[int, ...]) -> NoReturn:
         """Get jailed, wait for the code, run it, exit. ``descriptors``: stdin, stdout, stderr, the code's stream."""
-        code = NOT_JAILED
+        code = wire.NOT_JAILED
         try:
             for target, descriptor in enumerate(descriptors):
                 # The keeper's own descriptors are above these targets, but for the last, which may be there already.
@@ -221,7 +219,7 @@ class Keeper:
             if not main.is_itself():
                 return code
             # The supervisor holds this call until there is more to do, and answers it with a descriptor.
-            stream = kernel.raw_exit_group(seccomp.NOTIFY_BASE | program.CELL_ENDED | code)
+            stream = kernel.raw_exit_group(seccomp.NOTIFY_BASE | wire.CELL_ENDED | code)
             if stream < 0:
                 return code
             following = wire.receive_order(stream)

@@ -123,7 +123,7 @@ class Listener(Protocol):
 
     def on_child(self, child: Child) -> None: ...
 
-    def on_ended(self, child: Child, code: int, stays: bool) -> None:
+    def on_ended(self, child: Child, code: int) -> None:
         """The child's own process stands at its end, with this exit code; the kernel holds it there."""
         ...
 
@@ -371,7 +371,7 @@ class Link:
             seccomp.answer(slot.listener, note.id, go_on=True)
             return
         child.held = note.id
-        self._listener.on_ended(child, status & 0xFF, bool(status & _STAYS))
+        self._listener.on_ended(child, status & 0xFF)
 
     def _close_listener(self, slot: Slot) -> None:
         if slot.listener is not None:
@@ -452,10 +452,6 @@ class Link:
             for hierarchy in cgroups.find():
                 cgroups.remove_tree(os.path.join(hierarchy.parent, f"retool-{self._mark[:12]}"))
         folders.wipe(self._root)
-
-
-_STAYS = 0x100
-"""program.CELL_ENDED, which the supervisor must not import: it would load a child's whole program."""
 
 
 def site_packages() -> list[str]:

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from retool.sandbox.link import Child
-from retool.sandbox.wire import Packet
+from retool.sandbox.wire import NOT_JAILED, Packet
 from retool.types import ExecutionResult, ExecutionStatus
 
 KILL_GRACE_S = 2.0
 """How long a killed run may take to end before it is answered without its wait status: a process in uninterruptible
 sleep ends when it can, and its slot stays set aside until then."""
-NOT_JAILED = 125
-"""Exit code of a child that could not be jailed (keeper.NOT_JAILED), if it has not read its code either."""
 QUIET_S = 0.004
 """Output is first looked at so long after the start: most runs have ended by then, and are read once, at their end. A
 pipe holds what is written meanwhile, and a writer waits no longer than this."""

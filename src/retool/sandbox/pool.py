@@ -174,8 +174,8 @@ class LocalSandbox(OneLoopSandbox):
                 pipe = self._ask_for_files(child, request.fetch)
             ending, run = await self._run_in(child, order, limits, loop)
             child.kill()  # it may stand at its end, which it is not let go over
-            files = await self._files(pipe, request.fetch)
-            pipe = None
+            taken, pipe = pipe, None  # who reads it closes it
+            files = await self._files(taken, request.fetch)
         finally:
             if pipe is not None:
                 os.close(pipe)
@@ -241,13 +241,15 @@ class LocalSandbox(OneLoopSandbox):
             pipe = self._ask_for_files(child, request.fetch) if request.fetch else None
             try:
                 ending, run = await self._run_in(child, order, limits, loop)
-            except asyncio.CancelledError:
+                if ending in (Ending.LOST, Ending.NOT_BEGUN):
+                    raise LostError("the machine failed under the session's interpreter")
+            except (asyncio.CancelledError, LostError) as error:
+                if isinstance(error, LostError):
+                    session.broken = str(error)
+                if pipe is not None:
+                    os.close(pipe)
                 self._end_child(session)
                 raise
-            if ending in (Ending.LOST, Ending.NOT_BEGUN):
-                session.broken = "the machine failed under the session's interpreter"
-                self._end_child(session)
-                raise LostError(session.broken)
             session.last = run.result(self._tier())
             if not child.held or request.fetch:
                 self._end_child(session, keep_channel=pipe is not None)
@@ -286,10 +288,12 @@ class LocalSandbox(OneLoopSandbox):
 
     def _end_child(self, session: Session, keep_channel: bool = False) -> None:
         child, session.child = session.child, None
-        if child is not None:
+        if child is None:
+            return
+        if keep_channel:
             child.kill()
-            if not keep_channel:
-                self._retire(child)
+        else:
+            self._end_interpreter(child)
 
     def _end_interpreter(self, child: Child) -> None:
         child.kill()
@@ -342,7 +346,7 @@ class LocalSandbox(OneLoopSandbox):
                 return
         self._idle.append(child)
 
-    def on_ended(self, child: Child, code: int, stays: bool) -> None:
+    def on_ended(self, child: Child, code: int) -> None:
         run = self._runs.get(child)
         if run is None:
             child.kill()

@@ -25,8 +25,6 @@ FILENAME = "<code>"
 _USER_FILES = (FILENAME, "<string>")
 """Frames that a traceback shows: the program's own and what it gave to ``exec``. Library frames are left out: they
 cost the model tokens and name paths of this machine."""
-CELL_ENDED = 0x100
-"""Beside an exit code: the program has ended, its interpreter waits for the next one."""
 _FLUSH_FAILED = 120
 """CPython's exit code where stdout could not be flushed at the end (Py_FinalizeEx)."""
 

@@ -41,6 +41,13 @@ class Kind(IntEnum):
     JSON in ``body``: names, and ``most`` bytes."""
 
 
+NOT_JAILED = 125
+"""Exit code of a child that could not be jailed, as env(1) and timeout(1) use it for their own failure; such a child
+has not read its code either."""
+CELL_ENDED = 0x100
+"""Beside an exit code: the program has ended, its interpreter waits for the next one."""
+
+
 class Packet(NamedTuple):
     kind: Kind
     number: int = 0
