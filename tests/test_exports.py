@@ -39,16 +39,17 @@ OPTIM = "name lr muon_lr betas weight_decay warmup_steps schedule final_lr_share
 SETTINGS = {
     "run": "name out seed deterministic resume threads",
     "model": "path tokenizer dtype device random_init",
-    "data": "source train_file test_file train_size test_size test_split sft_tool_share",
+    "data": """train train_file test test_file columns against chinese train_size test_size test_split
+        sft_tool_share""",
     "sandbox": """tier workers timeout_s cpu_s memory_mb output_kb file_mb max_files processes stateful session_idle_s
         preload retries url token concurrency""",
-    "rollout": """format tools max_turns max_response_tokens max_context max_observation_tokens max_malformed
+    "rollout": """format prompt_file tools max_turns max_response_tokens max_context max_observation_tokens max_malformed
         temperature top_p top_k""",
     "engine": "kv_budget_mb max_live prefill_chunk",
     "sft": "steps epochs batch_size micro_batch_tokens max_tokens eval_every save_every",
     "sft.optim": OPTIM,
     "rl": """steps prompts group_size minibatch_prompts micro_batch_tokens clip_low clip_high dual_clip reward
-        eval_every eval_size save_every""",
+        grading eval_every eval_size eval_split save_every""",
     "rl.optim": OPTIM,
     "eval": "k temperature top_p bootstrap",
 }

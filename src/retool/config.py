@@ -65,15 +65,28 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    source: Literal["world", "gsm8k"] = "world"
-    """``world``: the built-in task families of the quickstart. ``gsm8k``: files in GSM8K's JSON Lines layout."""
+    train: str = Field(default="world", min_length=1)
+    """What is learnt from: ``world`` (the built-in task families of the quickstart), a data set's name (``retool data
+    list``), a Parquet or JSON Lines file, or a hub name. ``sft`` needs conversations or solutions that become some, ``rl``
+    problems with answers."""
     train_file: str = ""
+    """A local copy of what ``train`` names; empty: from the hub."""
+    test: str = ""
+    """What evaluations read, named as ``train`` is; empty: the test split of ``train``."""
     test_file: str = ""
+    """A local copy of what ``test`` names, or of the test split of ``train``."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """For files of one's own: which column holds ``question``, ``answer``, ``solution``, ``id``."""
+    against: list[str] = Field(default_factory=list)
+    """Sets (``aime-2025``, or ``aime-2025=FILE``) whose problems must not be learnt: training problems that overlap with
+    them are left out. How overlap is found is in docs/data.md."""
+    chinese: bool = True
+    """False: training problems that hold Chinese are left out."""
     train_size: int = Field(default=0, ge=0)
-    """Rows of the training file that are used; 0: all of them. The world draws as many as the job needs."""
+    """Rows of the training set that are used; 0: all of them. The world draws as many as the job needs."""
     test_size: int = Field(default=480, ge=1)
     test_split: Literal["test", "dev"] = "test"
-    """Which split evaluations read. Choose settings on dev, report on test."""
+    """Which split evaluations read. Choose settings on dev, the last tenth of the training set; report on test."""
     sft_tool_share: float = Field(default=0.3, ge=0, le=1)
     """world: share of the demonstrations that run code, among those of hard problems whose prompt shows the tool."""
 
@@ -141,7 +154,12 @@ class SandboxConfig(Section):
 
 
 class RolloutConfig(Section):
-    format: Literal["hermes"] = "hermes"
+    format: Literal["hermes", "code_tags"] = "hermes"
+    """hermes: the chat template's own tool calls (JSON). code_tags: the paper's ``<code>``, ``<interpreter>`` and
+    ``<answer>`` tags, in one assistant message."""
+    prompt_file: str = ""
+    """code_tags: a text file that is the whole prompt where the tool is shown, with ``{query}`` for the question, e.g.
+    the prompt that a checkpoint was trained with; empty: our own few lines about the tags."""
     tools: bool = True
     """False: text only, the prompt shows no tool and nothing is executed."""
     max_turns: int = Field(default=4, ge=1)
@@ -159,6 +177,10 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> RolloutConfig:
+        if self.prompt_file and self.format != "code_tags":
+            raise ValueError(
+                f"rollout.prompt_file = {self.prompt_file!r} is for rollout.format = 'code_tags': set that, or remove it"
+            )
         if self.max_response_tokens >= self.max_context:
             raise ValueError(
                 f"rollout.max_response_tokens = {self.max_response_tokens} leaves no room for a prompt in "
@@ -218,10 +240,16 @@ class RLConfig(Section):
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.28, gt=0)
     dual_clip: float = Field(default=10.0, gt=1)
-    reward: Literal["paper"] = "paper"
-    """paper: +1 for a right final answer, −1 otherwise."""
+    reward: str = Field(default="paper", min_length=1)
+    """paper: +1 for a right final answer, −1 otherwise. verl: a wrong one gets up to −0.6 for its calls. Or a function
+    of your own, as ``package.module:function``, which takes a graded trajectory and returns a number."""
+    grading: Literal["strict", "lenient"] = "strict"
+    """strict: the answer is the last ``\\boxed{}`` of the last turn. lenient: where there is none, one from an earlier
+    turn, an ``<answer>``, "the answer is …", or the last number."""
     eval_every: int = Field(default=0, ge=0)
     eval_size: int = Field(default=120, ge=1)
+    eval_split: Literal["dev", "test"] = "dev"
+    """What the evaluations during training read."""
     save_every: int = Field(default=0, ge=0)
     optim: OptimConfig = Field(default_factory=OptimConfig)
 
@@ -259,8 +287,6 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        if self.data.source == "gsm8k" and not (self.data.train_file or self.data.test_file):
-            raise ValueError("data.source = 'gsm8k' needs data.train_file and data.test_file: set their paths")
         if self.model.random_init and not self.model.tokenizer:
             raise ValueError("model.random_init needs model.tokenizer: name a tokenizer's folder or hub name")
         return self

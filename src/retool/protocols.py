@@ -48,7 +48,10 @@ class ToolFormat(Protocol):
     """How chats, calls and tool answers look as tokens."""
 
     @property
-    def stop(self) -> tuple[str, ...]: ...
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end a turn where the prompt shows the tool."""
+        ...
+
     @property
     def stop_token_ids(self) -> tuple[int, ...]: ...
 
@@ -62,6 +65,11 @@ class ToolFormat(Protocol):
 
     def find_calls(self, text: str) -> list[ToolCall]:
         """The calls in one turn's decoded text, in order; malformed ones carry an error."""
+        ...
+
+    def is_over(self, text: str) -> bool:
+        """Whether a turn that a stop string ended is over; where that string belongs to a call that is still being
+        written, it is not."""
         ...
 
     def observation_ids(self, results: list[str], output: TokenOutput) -> list[int]:

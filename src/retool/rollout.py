@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -65,8 +66,11 @@ class Rollout:
 
 def turn_seed(seed: int, step: int, task_id: str, sample: int, turn: int) -> int:
     """A turn's seed (63 bits), from its identity alone: equal in every process and on every machine."""
-    identity = json.dumps([seed, step, task_id, sample, turn]).encode()
-    digest = hashlib.blake2b(identity, digest_size=8).digest()
+    return _seed_of([seed, step, task_id, sample, turn])
+
+
+def _seed_of(identity: list[int | str]) -> int:
+    digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> (64 - SEED_BITS)
 
 
@@ -146,11 +150,7 @@ async def _take_turn(rollout: Rollout, trajectory: Trajectory, ids: list[int], s
     if room < 1:
         trajectory.stop_reason = full
         return
-    params = _sampling(rollout, room, seed)
-    # The policy may keep the list that it is given; ours grows.
-    output = await rollout.policy.generate(list(ids), params, session=session)
-    _check_output(output, params)
-    text = rollout.fmt.decode(output.token_ids)
+    output, text = await _sample(rollout, ids, _sampling(rollout, room, seed), session)
     calls = rollout.fmt.find_calls(text) if rollout.config.tools else []
     ids += output.token_ids
 
@@ -177,6 +177,35 @@ async def _take_turn(rollout: Rollout, trajectory: Trajectory, ids: list[int], s
     ids += observation
 
 
+async def _sample(rollout: Rollout, ids: list[int], params: SamplingParams, session: str) -> tuple[TokenOutput, str]:
+    """What the policy says next, and its text. A stop string inside a call that is still being written (a program that
+    prints the tag) ends nothing: the same turn goes on, with random numbers of its own."""
+    so_far, part = TokenOutput([], [], Finish.STOP), params
+    for piece in itertools.count(1):
+        # The policy may keep the list that it is given; ours grows.
+        output = await rollout.policy.generate([*ids, *so_far.token_ids], part, session=session)
+        _check_output(output, part)
+        if so_far.token_ids:
+            output = replace(
+                output,
+                token_ids=so_far.token_ids + output.token_ids,
+                logprobs=so_far.logprobs + output.logprobs,
+                policy_version=min(so_far.policy_version, output.policy_version),
+            )
+        text = rollout.fmt.decode(output.token_ids)
+        ended = output.finish is not Finish.STOP or output.token_ids[-1] in params.stop_token_ids
+        if ended or not params.stop or rollout.fmt.is_over(text):
+            break
+        if len(output.token_ids) >= params.max_tokens:
+            output = replace(output, finish=Finish.LENGTH)
+            break
+        so_far = output
+        part = replace(
+            params, max_tokens=params.max_tokens - len(output.token_ids), seed=_seed_of([params.seed, piece])
+        )
+    return output, text
+
+
 def _room(config: RolloutConfig, trajectory: Trajectory) -> tuple[int, StopReason]:
     """How many tokens may still be appended, and which limit says so."""
     response = config.max_response_tokens - trajectory.response_length
@@ -191,7 +220,7 @@ def _sampling(rollout: Rollout, room: int, seed: int) -> SamplingParams:
         top_p=config.top_p,
         top_k=config.top_k,
         max_tokens=room,
-        stop=rollout.fmt.stop,
+        stop=rollout.fmt.stop if config.tools else (),
         stop_token_ids=rollout.fmt.stop_token_ids,
         seed=seed,
     )

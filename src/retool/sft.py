@@ -13,7 +13,7 @@ from retool.engine.learner import Learner, supervised
 from retool.engine.model import use_threads
 from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, load_trainer_state, step_of
 from retool.errors import DataError
-from retool.formats.hermes import HermesFormat
+from retool.formats.chat import ChatFormat
 from retool.progress import Progress
 from retool.store import RunFolder
 from retool.types import Conversation
@@ -81,7 +81,7 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
     return summary
 
 
-def encode(conversations: list[Conversation], fmt: HermesFormat, max_tokens: int) -> tuple[list[Sample], int]:
+def encode(conversations: list[Conversation], fmt: ChatFormat, max_tokens: int) -> tuple[list[Sample], int]:
     """Conversations as samples whose mask is 1 on the assistant's tokens, and how many were too long."""
     encoded = [fmt.conversation_ids(c.messages, tools=c.tools) for c in conversations]
     samples = [Sample(ids, mask) for ids, mask in encoded if len(ids) <= max_tokens]

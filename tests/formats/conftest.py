@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 from fakes import tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
 
+import retool.nano
+from retool.formats.code_tags import CodeTagsFormat
 from retool.formats.hermes import HermesFormat
 from retool.formats.tokenizer import load_tokenizer
 
@@ -23,14 +27,13 @@ ODD_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}[OPEN]assistant says {% endif %}"""
 
-_MADE: dict[str, HermesFormat] = {}
 
-
-def make(name: str, shared_data: Path | None) -> HermesFormat:
+@cache
+def tokenizer_of(name: str, shared_data: Path | None) -> PreTrainedTokenizerFast:
     """Kept: reading Qwen's vocabulary takes a second."""
-    if name in _MADE:
-        return _MADE[name]
-    if name == "tiny":
+    if name == "nano":
+        tokenizer = load_tokenizer(Path(retool.nano.__file__).parent)
+    elif name == "tiny":
         tokenizer = tiny_tokenizer()
     elif name == "odd":
         tokenizer = tiny_tokenizer(ODD_TEMPLATE, ODD_SPECIAL)
@@ -42,11 +45,20 @@ def make(name: str, shared_data: Path | None) -> HermesFormat:
         if name == "qwen3":
             # As Qwen3's own tokenizer has them, where Qwen2.5 spells them out.
             tokenizer.add_tokens(["<tool_response>", "</tool_response>", "<think>", "</think>"])
-    _MADE[name] = HermesFormat(tokenizer)
-    return _MADE[name]
+    return tokenizer
 
 
-@pytest.fixture(params=["tiny", "odd", "qwen2.5", "qwen3"])
+@cache
+def make(name: str, shared_data: Path | None) -> HermesFormat:
+    return HermesFormat(tokenizer_of(name, shared_data))
+
+
+@cache
+def make_tags(name: str, shared_data: Path | None) -> CodeTagsFormat:
+    return CodeTagsFormat(tokenizer_of(name, shared_data))
+
+
+@pytest.fixture(params=["nano", "tiny", "odd", "qwen2.5", "qwen3"])
 def fmt(request: pytest.FixtureRequest) -> HermesFormat:
     needs_data = request.param.startswith("qwen")
     return make(request.param, request.getfixturevalue("shared_data") if needs_data else None)

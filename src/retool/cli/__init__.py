@@ -204,7 +204,7 @@ def describe_job(name: str, recipe: Recipe) -> str:
     from retool.config import recipe_toml
 
     tools = "with code execution" if recipe.rollout.tools else "text only"
-    lines = [f"model {recipe.model.path}, data {recipe.data.source}"]
+    lines = [f"model {recipe.model.path}, data {recipe.data.train}"]
     if name == "sft":
         steps = f"{recipe.sft.steps} steps" if recipe.sft.steps else f"steps for {recipe.sft.epochs} × the data"
         lines.append(f"{steps}, {recipe.sft.batch_size} conversations a step")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from retool.data.prompts import SYSTEM_PROMPT
+from retool.data.prompts import prompt_messages
 from retool.data.world import final_message, tool_call_message
 from retool.types import Conversation, Message
 
@@ -253,7 +253,7 @@ def _closest(a: int, candidates: tuple[int, ...]) -> str:
 
 
 def _ask(rng: random.Random, question: str) -> list[Message]:
-    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+    return prompt_messages(question)
 
 
 def skill_chat(rng: random.Random, skill: Skill, *, with_code: bool, tools: bool) -> Conversation | None:

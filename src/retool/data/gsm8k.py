@@ -18,8 +18,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retool.data.prompts import SYSTEM_PROMPT
+from retool.data.prompts import prompt_messages
 from retool.errors import DataError
+from retool.formats.calls import tool_call
 from retool.types import Conversation, Message, Task
 
 SOURCE = "gsm8k"
@@ -67,10 +68,6 @@ def load_tasks(path: str | Path, split: str) -> list[Task]:
         Task(f"{SOURCE}/{split}/{index}", SOURCE, prompt_messages(row.question), row.answer)
         for index, row in enumerate(read_rows(path))
     ]
-
-
-def prompt_messages(question: str) -> list[Message]:
-    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
 
 
 def load_conversations(path: str | Path) -> list[Conversation]:
@@ -146,11 +143,10 @@ def _converse(row: Row) -> list[Message]:
         UnfitError: says why.
     """
     code, outputs = _program(row)
-    call = {"type": "function", "function": {"name": "code_interpreter", "arguments": {"code": code}}}
     prose = _ANNOTATION.sub("", row.solution)
     return [
         *prompt_messages(row.question),
-        {"role": "assistant", "content": PLAN, "tool_calls": [call]},
+        {"role": "assistant", "content": PLAN, "tool_calls": [tool_call(code)]},
         {"role": "tool", "content": "\n".join(outputs)},
         {"role": "assistant", "content": f"{prose}\n\\boxed{{{row.answer}}}"},
     ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Protocol
 
 from retool.config import DataConfig, Recipe
 from retool.data import gsm8k, world
+from retool.data.conversations import with_answer_tags
 from retool.errors import ConfigError, DataError
 from retool.types import Conversation, Task
 
@@ -34,8 +36,8 @@ class Source(Protocol):
 class World:
     """The quickstart's own families."""
 
-    def __init__(self, config: DataConfig, seed: int):
-        self.config, self.seed = config, seed
+    def __init__(self, recipe: Recipe):
+        self.config, self.seed, self.format = recipe.data, recipe.run.seed, recipe.rollout.format
 
     def train_tasks(self, step: int, count: int) -> list[Task]:
         return world.make_tasks("train", count, f"rl/{self.seed}/{step}")
@@ -48,9 +50,14 @@ class World:
             raise ConfigError("sft.steps = 0: the built-in world has no end, so say how many steps")
         share = self.config.sft_tool_share
         return (
-            world.make_conversations("train", count, self.seed, share),
-            world.make_conversations("dev", HELD_OUT, "held-out", share),
+            _in_format(self.format, world.make_conversations("train", count, self.seed, share)),
+            _in_format(self.format, world.make_conversations("dev", HELD_OUT, "held-out", share)),
         )
+
+
+def _in_format(name: str, conversations: Iterable[Conversation]) -> list[Conversation]:
+    """Demonstrations of any origin, their last turn as the format wants it."""
+    return [with_answer_tags(c) if name == "code_tags" else c for c in conversations]
 
 
 class Files:
@@ -102,5 +109,4 @@ class Files:
 
 
 def open_source(recipe: Recipe) -> Source:
-    kind = World if recipe.data.source == "world" else Files
-    return kind(recipe.data, recipe.run.seed)
+    return World(recipe) if recipe.data.train == "world" else Files(recipe.data, recipe.run.seed)

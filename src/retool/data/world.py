@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from retool.data.prompts import SYSTEM_PROMPT
+from retool.data.prompts import prompt_messages
 from retool.errors import ConfigError
+from retool.formats.calls import tool_call
 from retool.types import Conversation, Message, Task
 
 SPLITS = ("train", "dev", "test")
@@ -317,7 +318,7 @@ def make_tasks(split: str, count: int, seed: int | str) -> list[Task]:
             Task(
                 id=f"world/{split}/{seed}/{len(tasks)}",
                 source="world",
-                messages=[{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}],
+                messages=prompt_messages(question),
                 answer=str(family.answer(*numbers)),
                 meta={"family": family.name, "easy": family.easy, "numbers": list(numbers)},
             )
@@ -332,8 +333,7 @@ def program_for(task: Task) -> str:
 
 def tool_call_message(content: str, code: str) -> Message:
     """An assistant message that calls the tool once."""
-    function = {"name": "code_interpreter", "arguments": {"code": code}}
-    return {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]}
+    return {"role": "assistant", "content": content, "tool_calls": [tool_call(code)]}
 
 
 def final_message(answer: str) -> Message:

@@ -16,7 +16,8 @@ from retool.engine.learner import Learner
 from retool.engine.model import load_model, prepare_torch, save_model
 from retool.engine.policy import LocalPolicy
 from retool.errors import UserError
-from retool.formats.hermes import HermesFormat
+from retool.formats import make_format
+from retool.formats.chat import ChatFormat
 from retool.protocols import Sandbox
 from retool.rollout import Rollout
 from retool.sandbox import choose
@@ -32,7 +33,7 @@ class Runtime:
     recipe: Recipe
     model: Any
     tokenizer: Any
-    fmt: HermesFormat
+    fmt: ChatFormat
 
     def policy(self) -> LocalPolicy:
         recipe = self.recipe
@@ -74,7 +75,7 @@ def load_runtime(recipe: Recipe, model_path: Path | None = None) -> Runtime:
     if model_path is not None:
         config = config.model_copy(update={"path": str(model_path), "tokenizer": "", "random_init": {}})
     model, tokenizer = load_model(config)
-    return Runtime(recipe, model, tokenizer, HermesFormat(tokenizer))
+    return Runtime(recipe, model, tokenizer, make_format(recipe.rollout, tokenizer))
 
 
 @asynccontextmanager

@@ -26,6 +26,11 @@ _JSON = json.JSONDecoder()
 _JSON_ERRORS = (ValueError, RecursionError)
 
 
+def tool_call(code: str) -> dict[str, Any]:
+    """A call of the tool, as chat templates take it."""
+    return {"type": "function", "function": {"name": TOOL_NAME, "arguments": {"code": code}}}
+
+
 def _describe(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         hint = "; write a line break inside a string as \\n" if error.msg.startswith("Invalid control") else ""
