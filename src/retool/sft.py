@@ -82,10 +82,20 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
 
 
 def encode(conversations: list[Conversation], fmt: ChatFormat, max_tokens: int) -> tuple[list[Sample], int]:
-    """Conversations as samples whose mask is 1 on the assistant's tokens, and how many were too long."""
-    encoded = [fmt.conversation_ids(c.messages, tools=c.tools) for c in conversations]
-    samples = [Sample(ids, mask) for ids, mask in encoded if len(ids) <= max_tokens]
-    return samples, len(encoded) - len(samples)
+    """Conversations as samples whose mask is 1 on the assistant's tokens, and how many were too long.
+
+    Raises:
+        DataError: a conversation cannot be written in the format; names it.
+    """
+    samples = []
+    for conversation in conversations:
+        try:
+            ids, mask = fmt.conversation_ids(conversation.messages, tools=conversation.tools)
+        except DataError as error:
+            raise DataError(f"conversation {conversation.id!r}: {error}") from None
+        if len(ids) <= max_tokens:
+            samples.append(Sample(ids, mask))
+    return samples, len(conversations) - len(samples)
 
 
 def batch_of(samples: list[Sample], step: int, size: int, seed: int) -> list[Sample]:

@@ -4,10 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import jinja2
 import pytest
 from fakes import tiny_tokenizer
 
 from retool.errors import ConfigError
+from retool.formats.calls import TOOL_SCHEMA, tool_call
+from retool.formats.hermes import HermesFormat
 from retool.formats.tokenizer import load_tokenizer
 
 
@@ -53,3 +56,30 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ConfigError, match="is a file"):
         load_tokenizer(path)
+
+
+def test_qwens_own_template_is_the_one_beside_it(shared_data: Path) -> None:
+    """The template inside tokenizer_config.json and the .jinja file, with tools, calls and results; the .jinja by
+    jinja2 itself, so that nothing of ours or of transformers' stands between."""
+    folder = shared_data / "tokenizer" / "qwen2.5"
+    tokenizer = load_tokenizer(folder)
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    template = environment.from_string((folder / "chat_template.jinja").read_text(encoding="utf-8"))
+    calls = [tool_call("print('é')\n"), tool_call("1/0")]
+    chat = [
+        {"role": "user", "content": "What is 2+2?"},
+        {"role": "assistant", "content": "I run it.", "tool_calls": calls},
+        {"role": "tool", "content": "4"},
+        {"role": "tool", "content": "<Error>"},
+        {"role": "assistant", "content": "It is 4."},
+        {"role": "user", "content": "Sure?"},
+    ]
+    for messages in (chat, [{"role": "system", "content": "Be brief."}, *chat]):
+        for tools in ([TOOL_SCHEMA], None):
+            expected = template.render(messages=messages, tools=tools, add_generation_prompt=True)
+            found = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+            assert found == expected
+            assert ("<tools>" in expected) is (tools is not None)
+            prompt = HermesFormat(tokenizer).prompt_ids(messages, tools=tools is not None)
+            assert tokenizer.decode(prompt) == expected
