@@ -1,20 +1,21 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from retool.data.gsm8k import convert_rows, load_conversations, load_tasks
+from retool.data.gsm8k import convert
 from retool.data.prompts import SYSTEM_PROMPT
+from retool.data.sets import load_problems
 from retool.errors import DataError
 from retool.grading.answers import extract_answer
 from retool.grading.equivalence import equivalent
-from retool.types import Conversation
+from retool.types import Conversation, Task
 
 NATALIA = {
     "question": "Natalia sold clips to 48 of her friends in April, and half as many in May. How many altogether?",
@@ -35,6 +36,18 @@ def code_of(conversation: Conversation) -> str:
     code = conversation.messages[2]["tool_calls"][0]["function"]["arguments"]["code"]
     assert isinstance(code, str)
     return code
+
+
+def load_tasks(path: Path, split: str) -> list[Task]:
+    return [problem.task() for problem in load_problems("gsm8k", file=str(path), split=split)]
+
+
+def convert_rows(path: Path) -> tuple[list[Conversation], Counter[str]]:
+    return convert(load_problems("gsm8k", file=str(path)))
+
+
+def load_conversations(path: Path) -> list[Conversation]:
+    return convert_rows(path)[0]
 
 
 def test_tasks(tmp_path: Path) -> None:
@@ -88,48 +101,30 @@ def test_a_number_that_the_question_gives_is_not_taken_for_a_result(tmp_path: Pa
     ],
 )
 def test_a_row_that_does_not_fit_is_counted_with_its_reason(
-    tmp_path: Path, solution: str, answer: str, reason: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, solution: str, answer: str, reason: str
 ) -> None:
     path = write(tmp_path / "a.jsonl", solved("How many?", solution, answer), NATALIA)
     conversations, unfit = convert_rows(path)
-    assert [c.id for c in conversations] == ["gsm8k/1"]
+    assert [c.id for c in conversations] == ["gsm8k/train/1"]
     if solution.startswith("<<10/3=3.3>>"):
         # The second step takes the unrounded result: 10, which is not what the annotation says.
         reason = "whose result differs from its annotation"
     assert dict(unfit) == {reason: 1}
-    with caplog.at_level(logging.WARNING):
-        load_conversations(path)
-    assert f"1 {reason}" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ("{", "not JSON"),
-        ("[1]", "not a JSON object"),
-        ({"answer": "#### 1"}, "'question' is missing"),
-        ({"question": "?", "answer": 5}, "'answer' is missing or no string"),
-        ({"question": "?", "answer": "5"}, "has no '####'"),
+        ({"question": "?", "answer": "5 ####"}, "'' after '####' is not a number"),
         ({"question": "?", "answer": "#### five"}, "'five' after '####' is not a number"),
-        ({"question": "?", "answer": "#### "}, "'' after '####' is not a number"),
     ],
 )
-def test_a_broken_row_is_one_line_with_file_and_line(tmp_path: Path, row: Any, says: str) -> None:
+def test_a_broken_row_is_one_line_with_file_and_row(tmp_path: Path, row: Any, says: str) -> None:
     path = write(tmp_path / "a.jsonl", NATALIA, "", row)
     with pytest.raises(DataError, match=says) as caught:
         load_tasks(path, "test")
-    assert str(caught.value).startswith(f"{path}, line 3: ")
+    assert str(caught.value).startswith(f"{path}, row 1: ")
     assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No such file"):
-        load_tasks(tmp_path / "none.jsonl", "test")
-    with pytest.raises(DataError, match="holds no rows"):
-        load_tasks(write(tmp_path / "empty.jsonl", ""), "test")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
-    with pytest.raises(DataError, match="byte 14 is not UTF-8"):
-        load_tasks(tmp_path / "latin.jsonl", "test")
 
 
 def test_real_tasks(shared_data: Path) -> None:

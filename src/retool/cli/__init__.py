@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retool.cli.common import EXIT_CTRL_C, EXIT_NOT_IN_ORDER, EXIT_SIGTERM, EXIT_USER_ERROR, QUIET, show_help
+from retool.cli.data import data
 from retool.cli.sandbox import sandbox
 from retool.errors import InfraError, UserError
 
@@ -222,6 +223,7 @@ def describe_job(name: str, recipe: Recipe) -> str:
     return recipe_toml(recipe) + "\n" + "".join(f"# would run: {line}\n" for line in lines)
 
 
+cli.add_command(data)
 cli.add_command(sandbox)
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from retool.data.reading import rows as read_rows
 from retool.errors import DataError
 from retool.formats import tags
 from retool.formats.calls import tool_call
@@ -80,8 +81,6 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
     Raises:
         DataError: the file cannot be read, or a row holds no chat that can be learnt; names the file and the row.
     """
-    from retool.data.reading import rows as read_rows
-
     for number, row in enumerate(read_rows(path)):
         where = f"{path}, row {number}"
         messages = _messages(row, where)

@@ -1,4 +1,4 @@
-"""Files in GSM8K's JSON Lines layout (``question``, ``answer`` with ``#### N`` at its end) as tasks and conversations.
+"""GSM8K's annotated solutions as conversations with code.
 
 The annotated solutions mark every calculation: ``<<48/2=24>>24``. A conversation makes one program of a solution's
 calculations, whose steps use the results of earlier steps by name: only someone who had already worked them out could
@@ -8,22 +8,18 @@ write a program that spelled them out.
 from __future__ import annotations
 
 import ast
-import json
-import logging
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from decimal import Decimal
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from retool.data.problem import Problem
 from retool.data.prompts import prompt_messages
-from retool.errors import DataError
 from retool.formats.calls import tool_call
-from retool.types import Conversation, Message, Task
+from retool.types import Conversation, Message
 
-SOURCE = "gsm8k"
 PLAN = "I compute the steps with code."
 MAX_POWER = 64
 """Larger exponents do not occur in the data; without a bound one typing error could take all memory."""
@@ -34,7 +30,6 @@ FLOAT_NOISE = Decimal("1e-9")
 _ANNOTATION = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 _LITERAL = re.compile(r"(?<![\w.])\d+(?:\.\d*)?|(?<![\w.])\.\d+")
 _NUMBER = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)")
-_log = logging.getLogger(__name__)
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -47,96 +42,37 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 }
 
 
-class Row(NamedTuple):
-    line: int
-    question: str
-    solution: str
-    answer: str
-
-
 class UnfitError(Exception):
     """A solution that gives no sound conversation; says why."""
 
 
-def load_tasks(path: str | Path, split: str) -> list[Task]:
-    """One task per row, named ``gsm8k/SPLIT/ROW`` (rows count from 0); the answer is what follows ``####``.
+def split_solution(text: str) -> tuple[str, str]:
+    """A published solution and its answer, the number behind ``####`` without thousands separators.
 
     Raises:
-        DataError: the file cannot be read, or a row is not as described; names the file and the line.
+        UnfitError: there is no such number.
     """
-    return [
-        Task(f"{SOURCE}/{split}/{index}", SOURCE, prompt_messages(row.question), row.answer)
-        for index, row in enumerate(read_rows(path))
-    ]
+    solution, marker, answer = text.rpartition("####")
+    answer = answer.strip().replace(",", "")
+    if not marker:
+        raise UnfitError("'answer' has no '####'; end it with a line '#### N'")
+    if not _NUMBER.fullmatch(answer):
+        raise UnfitError(f"{answer!r} after '####' is not a number; write digits alone")
+    return solution.strip(), answer
 
 
-def load_conversations(path: str | Path) -> list[Conversation]:
-    """A conversation per row whose solution fits; how many did not, and why, is logged.
-
-    Raises:
-        DataError: as ``load_tasks``.
-    """
-    conversations, unfit = convert_rows(path)
-    if unfit:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in unfit.most_common())
-        _log.warning("%s: %d rows left out: %s", path, unfit.total(), reasons)
-    return conversations
-
-
-def convert_rows(path: str | Path) -> tuple[list[Conversation], Counter[str]]:
-    """The conversations of the rows that fit, and how many others there are for each reason.
-
-    Raises:
-        DataError: as ``load_tasks``.
-    """
+def convert(problems: Iterable[Problem]) -> tuple[list[Conversation], Counter[str]]:
+    """The conversations of the problems whose solutions fit, and how many others there are for each reason."""
     conversations, unfit = [], Counter[str]()
-    for index, row in enumerate(read_rows(path)):
+    for problem in problems:
         try:
-            conversations.append(Conversation(f"{SOURCE}/{index}", _converse(row)))
+            conversations.append(Conversation(problem.id, _converse(problem)))
         except UnfitError as reason:
             unfit[str(reason)] += 1
     return conversations, unfit
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """The file's rows; blank lines are skipped.
-
-    Raises:
-        DataError: the file cannot be read, or a row is not as described; names the file and the line.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; give the path of a file in GSM8K's layout") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    for number, text in enumerate(lines, start=1):
-        if text.strip():
-            yield _read_row(text, f"{path}, line {number}", number)
-    if not any(text.strip() for text in lines):
-        raise DataError(f"{path}: holds no rows; give a file with one JSON object per line")
-
-
-def _read_row(text: str, where: str, line: int) -> Row:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); write one JSON object per line") from None
-    if not isinstance(row, dict):
-        raise DataError(f'{where}: not a JSON object; write {{"question": …, "answer": …}}')
-    for field in ("question", "answer"):
-        if not isinstance(row.get(field), str):
-            raise DataError(f"{where}: {field!r} is missing or no string; add it")
-    solution, marker, answer = row["answer"].rpartition("####")
-    answer = answer.strip().replace(",", "")
-    if not marker:
-        raise DataError(f"{where}: 'answer' has no '####'; end it with a line '#### N'")
-    if not _NUMBER.fullmatch(answer):
-        raise DataError(f"{where}: {answer!r} after '####' is not a number; write digits alone")
-    return Row(line, row["question"], solution.strip(), answer)
-
-
-def _converse(row: Row) -> list[Message]:
+def _converse(row: Problem) -> list[Message]:
     """The chat: the plan and one call, what the code prints, the solution's prose with its answer in a box.
 
     Raises:
@@ -152,7 +88,7 @@ def _converse(row: Row) -> list[Message]:
     ]
 
 
-def _program(row: Row) -> tuple[str, list[str]]:
+def _program(row: Problem) -> tuple[str, list[str]]:
     """The solution's calculations as one program that prints each result, and what it prints.
 
     A number that the question does not give, and that an earlier step claims as its result, is that result.

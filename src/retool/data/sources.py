@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections import Counter
 from collections.abc import Iterable
+from functools import cached_property, lru_cache
+from itertools import islice
 from typing import Protocol
 
-from retool.config import DataConfig, Recipe
+from retool.config import Recipe
 from retool.data import gsm8k, world
-from retool.data.conversations import with_answer_tags
+from retool.data.conversations import read_conversations, with_answer_tags
+from retool.data.conversion import convert_set
+from retool.data.prepare import Cleaning, Report, clean
+from retool.data.sets import SETS, load_problems
 from retool.errors import ConfigError, DataError
 from retool.types import Conversation, Task
 
 HELD_OUT = 128
-"""Conversations kept back for the in-loop loss, at most a tenth of the file."""
+"""Conversations kept back for the in-loop loss, at most a tenth of the set."""
+
+_log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -60,53 +69,94 @@ def _in_format(name: str, conversations: Iterable[Conversation]) -> list[Convers
     return [with_answer_tags(c) if name == "code_tags" else c for c in conversations]
 
 
-class Files:
-    """Tasks and conversations read from GSM8K's files. Its test file is never learnt from; dev is the last tenth of
-    the training file, which training leaves out."""
+class Sets:
+    """Tasks and conversations of data sets. A test set is never learnt from; dev is the last tenth of the training set,
+    which training leaves out."""
 
-    def __init__(self, config: DataConfig, seed: int):
-        self.config, self.seed = config, seed
-        self._train: list[Task] = []
+    def __init__(self, recipe: Recipe):
+        self.config, self.seed, self.format = recipe.data, recipe.run.seed, recipe.rollout.format
 
+    @cached_property
     def _training(self) -> list[Task]:
-        if not self.config.train_file:
-            raise ConfigError("data.train_file is empty: name the training file")
-        if not self._train:
-            tasks = gsm8k.load_tasks(self.config.train_file, "train")
-            self._train = tasks[: self.config.train_size or len(tasks)]
-            if len(self._train) < 2:
-                raise DataError(f"data.train_file = {self.config.train_file!r}: fewer than two problems; give more")
-        return self._train
-
-    def _dev_count(self, total: int) -> int:
-        return max(1, total // 10)
+        config = self.config
+        report = Report(config.train)
+        wanted = Cleaning(chinese=config.chinese, against=config.against)
+        problems = load_problems(config.train, file=config.train_file, columns=config.columns)
+        tasks = [problem.task() for problem in clean(problems, wanted, report)]
+        if report.dropped:
+            _log.info("%s: %d of %d rows: %s", config.train, report.kept, report.read, counts(report.dropped))
+        tasks = tasks[: config.train_size or len(tasks)]
+        if len(tasks) < 2:
+            raise DataError(f"data.train = {config.train!r}: fewer than two problems; give more")
+        return tasks
 
     def train_tasks(self, step: int, count: int) -> list[Task]:
-        tasks = self._training()
-        tasks = tasks[: -self._dev_count(len(tasks))]
+        tasks = self._training[: -_dev_count(len(self._training))]
         chosen: list[Task] = []
         for place in range(step * count, (step + 1) * count):
             epoch, index = divmod(place, len(tasks))
-            order = random.Random(f"epoch/{self.seed}/{epoch}").sample(range(len(tasks)), len(tasks))
-            chosen.append(tasks[order[index]])
+            chosen.append(tasks[self._order(epoch, len(tasks))[index]])
         return chosen
+
+    @lru_cache(maxsize=2)  # noqa: B019 - one source lives as long as its job
+    def _order(self, epoch: int, size: int) -> list[int]:
+        return random.Random(f"epoch/{self.seed}/{epoch}").sample(range(size), size)
 
     def eval_tasks(self, split: str, count: int) -> list[Task]:
         if split == "dev":
-            tasks = self._training()
-            return tasks[-self._dev_count(len(tasks)) :][:count]
-        if not self.config.test_file:
-            raise ConfigError("data.test_file is empty: name the test file")
-        return gsm8k.load_tasks(self.config.test_file, "test")[:count]
+            return self._training[-_dev_count(len(self._training)) :][:count]
+        config = self.config
+        known = SETS.get(config.train)
+        if config.test:
+            found = load_problems(config.test, file=config.test_file, columns=config.columns)
+        elif known and "test" in known.splits:
+            found = load_problems(config.train, file=config.test_file, split="test")
+        elif config.test_file:
+            found = load_problems(config.test_file, columns=config.columns)
+        else:
+            raise ConfigError(
+                f"data.test is empty, and data.train = {config.train!r} has no test split: name a set, e.g. 'aime-2025'"
+            )
+        return [problem.task() for problem in islice(found, count)]
 
     def conversations(self, count: int) -> tuple[list[Conversation], list[Conversation]]:
-        if not self.config.train_file:
-            raise ConfigError("data.train_file is empty: name the training file")
-        conversations = gsm8k.load_conversations(self.config.train_file)
-        conversations = conversations[: self.config.train_size or len(conversations)]
-        held = self._dev_count(len(conversations))
-        return conversations[:-held], conversations[-held:][:HELD_OUT]
+        found = _in_format(self.format, self._demonstrations())
+        found = found[: self.config.train_size or len(found)]
+        if len(found) < 2:
+            raise DataError(f"data.train = {self.config.train!r}: fewer than two conversations; give more")
+        held = _dev_count(len(found))
+        return found[:-held], found[-held:][:HELD_OUT]
+
+    def _demonstrations(self) -> list[Conversation]:
+        config = self.config
+        known = SETS.get(config.train)
+        if known and known.kind == "conversations":
+            report = Report(config.train)
+            wanted = Cleaning(against=config.against)
+            rows = convert_set(config.train, file=config.train_file, wanted=wanted, report=report)
+            found, left_out = [Conversation(id, row.messages()) for id, row in rows], report.dropped
+        elif config.train == "gsm8k":
+            found, left_out = gsm8k.convert(load_problems(config.train, file=config.train_file))
+        elif known:
+            raise ConfigError(
+                f"data.train = {config.train!r} holds problems without demonstrations: for sft name conversations "
+                "(retool-sft, gsm8k, or a file that 'retool cold-start' wrote)"
+            )
+        else:
+            found, left_out = list(read_conversations(config.train_file or config.train)), Counter[str]()
+        if left_out:
+            _log.warning("%s: %d rows left out: %s", config.train, left_out.total(), counts(left_out))
+        return found
+
+
+def _dev_count(total: int) -> int:
+    return max(1, total // 10)
+
+
+def counts(reasons: Counter[str]) -> str:
+    """``12 no answer, 3 unclosed <code>``."""
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
 
 
 def open_source(recipe: Recipe) -> Source:
-    return World(recipe) if recipe.data.train == "world" else Files(recipe.data, recipe.run.seed)
+    return World(recipe) if recipe.data.train == "world" else Sets(recipe)

@@ -1,0 +1,270 @@
+"""From a set as it was published to the problems that are trained on, with a report of what was dropped and why."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import resource
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from retool.data.cleaning import fingerprint, is_chinese, strip_wrapper
+from retool.data.decontaminate import NGRAM, Index
+from retool.data.problem import Problem
+from retool.data.sets import load_problems, split_spec
+from retool.errors import DataError
+from retool.grading.equivalence import equivalent
+from retool.store import write_file
+from retool.store.files import to_json
+
+
+def _schema(index: Any) -> Any:
+    """verl's layout, so that a prepared file is training data there too."""
+    text = pa.string()
+    info = [("index", index), ("split", text), ("id", text), ("solution", text)]
+    return pa.schema(
+        [
+            ("data_source", text),
+            ("prompt", pa.list_(pa.struct([("role", text), ("content", text)]))),
+            ("ability", text),
+            ("reward_model", pa.struct([("style", text), ("ground_truth", text)])),
+            ("extra_info", pa.struct(info)),
+        ]
+    )
+
+
+@dataclass
+class Report:
+    """What became of a set. Each row that was read is kept or dropped for one reason."""
+
+    name: str
+    read: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Rows by reason."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Further counts; each says what it counts."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """What was dropped, one entry a problem: ``reason``, ``id``, and what explains it."""
+    seconds: float = 0.0
+    peak_memory_mb: int = 0
+
+    def drop(self, reason: str, id: str, count: int = 1, **why: Any) -> None:
+        self.dropped[reason] += count
+        self.rows.append({"reason": reason, "id": id, **({"rows": count} if count > 1 else {}), **why})
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts, without the rows."""
+        counts = {key: value for key, value in vars(self).items() if key != "rows"}
+        return counts | {"dropped": dict(self.dropped)}
+
+
+@dataclass
+class Cleaning:
+    """What is asked of a training set."""
+
+    chinese: bool = True
+    """False: drop problems that hold Chinese."""
+    duplicates: bool = False
+    """True: keep them, and do not look for conflicting answers."""
+    against: Sequence[str] = ()
+    """Evaluation sets, ``SET`` or ``SET=FILE``."""
+    ngram: int = NGRAM
+    share: float = 0.0
+    """Overlaps with a smaller share of the evaluation problem are let pass; 0: none is."""
+
+
+class _Copies:
+    """The rows of one problem."""
+
+    def __init__(self, first: Problem) -> None:
+        self.first, self.rows = first, 0
+        self.answers: list[str] = []
+        self.chinese = is_chinese(first.question)
+
+    def add(self, answer: str) -> None:
+        self.rows += 1
+        if not any(answer == known or equivalent(answer, known) for known in self.answers):
+            self.answers.append(answer)
+
+
+class _Spelling:
+    """The rows whose questions are equal to the byte: a set may repeat each of them a hundred times."""
+
+    def __init__(self, copies: _Copies, wrapped: bool) -> None:
+        self.copies, self.wrapped = copies, wrapped
+        self.rows = 0
+        self.answers: set[str] = set()
+
+
+def clean(problems: Iterable[Problem], wanted: Cleaning, report: Report) -> list[Problem]:
+    """The problems to train on, in their order. Of a problem that occurs several times (``cleaning.normalise``) the
+    first row is kept; one whose rows have different answers is dropped whole, since none of them can be trusted.
+
+    The problems that are kept are held in memory, their copies are not.
+    """
+    index = Index(evaluation_problems(wanted.against), wanted.ngram) if wanted.against else None
+    found: dict[bytes, _Copies] = {}
+    spellings: dict[bytes, _Spelling] = {}
+    for problem in problems:
+        report.read += 1
+        own = report.read.to_bytes(8, "big") if wanted.duplicates else b""
+        exact = own or hashlib.blake2b(problem.question.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if not problem.answer:
+            report.drop("no answer", problem.id)
+            continue
+        spelling = spellings.get(exact)
+        if spelling is None:
+            bare = strip_wrapper(problem.question)
+            if not bare:
+                report.drop("no question", problem.id)
+                continue
+            copies = found.setdefault(own or fingerprint(bare), _Copies(replace(problem, question=bare)))
+            spelling = spellings[exact] = _Spelling(copies, bare != problem.question.strip())
+        spelling.rows += 1
+        spelling.answers.add(problem.answer)
+        spelling.copies.add(problem.answer)
+    if index:
+        index.learn_phrases(copies.first.question for copies in found.values())
+    kept = [copies.first for copies in found.values() if _is_kept(copies, index, wanted, report)]
+    report.kept = len(kept)
+    report.notes |= _notes(found.values(), spellings.values())
+    return kept
+
+
+def _notes(found: Collection[_Copies], spellings: Collection[_Spelling]) -> dict[str, int]:
+    return {
+        "different problems": len(found),
+        "rows with a wrapper around the question": sum(s.rows for s in spellings if s.wrapped),
+        "rows with Chinese": sum(copies.rows for copies in found if copies.chinese),
+        "rows equal to an earlier one to the byte": sum(s.rows - 1 for s in spellings),
+        "questions equal to the byte with different answers": sum(len(s.answers) > 1 for s in spellings),
+        "problems with different answers": sum(len(copies.answers) > 1 for copies in found),
+    }
+
+
+def evaluation_problems(specs: Iterable[str]) -> Iterator[Problem]:
+    """The problems of evaluation sets, each ``SET`` or ``SET=FILE``."""
+    for spec in specs:
+        name, file = split_spec(spec)
+        for problem in load_problems(name, file=file):
+            yield replace(problem, question=strip_wrapper(problem.question))
+
+
+def _is_kept(copies: _Copies, index: Index | None, wanted: Cleaning, report: Report) -> bool:
+    problem = copies.first
+    if copies.chinese and not wanted.chinese:
+        report.drop("Chinese", problem.id, copies.rows)
+        return False
+    if len(copies.answers) > 1:
+        report.drop("conflicting answers", problem.id, copies.rows, answers=copies.answers, question=problem.question)
+        return False
+    if copies.rows > 1:
+        report.drop("duplicate", problem.id, copies.rows - 1)
+    match = index.match(problem.question) if index else None
+    if match is None or match.share < wanted.share:
+        return True
+    for least in (1.0, 0.8, 0.5):
+        note = f"contaminated rows, copies included, that share at least {least:.0%}"
+        report.notes[note] = report.notes.get(note, 0) + (copies.rows if match.share >= least else 0)
+    report.drop(
+        "contaminated", problem.id, 1,
+        evaluation=match.id, kind=match.kind, share=round(match.share, 3), shared=match.text, question=problem.question,
+    )  # fmt: skip
+    return False
+
+
+def prepare(
+    spec: str,
+    out: Path,
+    *,
+    file: str = "",
+    columns: Mapping[str, str] | None = None,
+    split: str = "",
+    limit: int = 0,
+    wanted: Cleaning | None = None,
+) -> Report:
+    """Write the cleaned problems of a set to ``out`` (Parquet in verl's layout), the report's counts beside it
+    (``.report.json``) and what was dropped (``.dropped.jsonl``).
+
+    Args:
+        limit: problems to keep at most; 0: all.
+
+    Raises:
+        ConfigError, DataError: see ``sets.load_problems``; or nothing is left.
+    """
+    started = time.perf_counter()
+    report = Report(spec)
+    check_out(out, file or spec)
+    kept = clean(load_problems(spec, file=file, columns=columns, split=split), wanted or Cleaning(), report)
+    if limit and len(kept) > limit:
+        report.dropped["over --limit"] = len(kept) - limit
+        kept, report.kept = kept[:limit], limit
+    if not kept:
+        raise DataError(
+            f"{file or spec}: none of {report.read} rows is left ({dict(report.dropped)}); nothing is written"
+        )
+    write_problems(out, kept, split or "train")
+    report.seconds = round(time.perf_counter() - started, 2)
+    report.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    write_report(out, report.to_json(), report.rows)
+    return report
+
+
+def check_out(out: Path, source: str) -> None:
+    """Refuse an output that cannot be written, before anything is read.
+
+    Raises:
+        DataError: names the path and the mend.
+    """
+    if out.suffix != ".parquet":
+        raise DataError(f"--out {str(out)!r}: the output is Parquet; give a name that ends in .parquet")
+    if out.is_dir():
+        raise DataError(f"--out {str(out)!r} is a folder; give a file's name")
+    if Path(source).exists() and out.exists() and out.samefile(source):
+        raise DataError(f"--out {str(out)!r} is the input itself; give another name")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out {str(out)!r}: {error.strerror or error}; give a place that can be written") from None
+
+
+def beside(out: Path, ending: str) -> Path:
+    """``data/x.parquet`` and ``report.json`` make ``data/x.report.json``."""
+    return out.with_name(f"{out.stem}.{ending}")
+
+
+def write_report(out: Path, counts: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+    write_file(beside(out, "report.json"), to_json(dict(counts), indent=2) + "\n")
+    write_file(beside(out, "dropped.jsonl"), "".join(to_json(dict(row)) + "\n" for row in rows))
+
+
+def write_problems(out: Path, problems: Sequence[Problem], split: str) -> None:
+    """The file whole, or not at all; ``sets.load_problems`` reads it back to the same problems."""
+    named = any(isinstance(problem.index, str) for problem in problems)
+    rows = [
+        {
+            "data_source": problem.source,
+            "prompt": [{"role": "user", "content": problem.question}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": problem.answer},
+            "extra_info": {
+                "index": str(problem.index) if named and problem.index is not None else problem.index,
+                "split": split,
+                "id": problem.id,
+                "solution": problem.solution,
+            },
+        }
+        for problem in problems
+    ]
+    sink = io.BytesIO()
+    schema = _schema(pa.string() if named else pa.int64())
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+    write_file(out, sink.getvalue())
