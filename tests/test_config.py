@@ -99,7 +99,10 @@ MISTAKES = [
     # settings that do not go together
     ("rl.minibatch_prompts=5", "rl.minibatch_prompts = 5 does not divide rl.prompts = 32: choose a divisor"),
     ("rollout.max_context=100", "leaves no room for a prompt in rollout.max_context = 100: make max_context larger"),
-    ("data.source=gsm8k", "needs data.train_file and data.test_file: set their paths"),
+    ("data.source=gsm8k", "data.source = 'gsm8k': there is no such setting"),
+    ("data.train=", "data.train = '': "),
+    ("rollout.prompt_file=a.txt", "is for rollout.format = 'code_tags'"),
+    ("rollout.format=tags", "rollout.format = 'tags': "),
     ("model.random_init.hidden_size=64", "model.random_init needs model.tokenizer: name a tokenizer"),
 ]
 

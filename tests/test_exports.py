@@ -29,6 +29,10 @@ COMMANDS = {
     "sft": "recipe overrides --engine --quiet --dry-run",
     "rl": "recipe overrides --engine --quiet --dry-run",
     "eval": "recipe overrides --engine --quiet --dry-run --model",
+    "data list": "",
+    "data prepare": """name --out --file --against --ngram --min-share --split --column --no-chinese --keep-duplicates
+        --limit --form --execute --timeout --json --quiet""",
+    "data show": "file --rows --first",
     "sandbox run": "file --timeout --memory-mb --json",
     "sandbox serve": """--host --port --token --workers --timeout --memory-mb --output-kb --file-mb --tier --max-queue
         --preload --drain --access-log --quiet""",

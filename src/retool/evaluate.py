@@ -11,7 +11,7 @@ from retool.data.sources import open_source
 from retool.engine.model import use_threads
 from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, open_sandbox
 from retool.grading.grader import BoxedGrader, grade_groups
-from retool.grading.rewards import REWARDS
+from retool.grading.rewards import find_reward
 from retool.metrics import evaluation_summary
 from retool.progress import Progress
 from retool.protocols import Sandbox
@@ -65,7 +65,10 @@ async def sample(
             step=step,
             on_trajectory=lambda _: stage.advance(),
         )
-    grade_groups(groups, BoxedGrader(), REWARDS[recipe.rl.reward])
+    grader, reward = BoxedGrader(lenient=recipe.rl.grading == "lenient"), find_reward(recipe.rl.reward)
+    judged = await asyncio.to_thread(grade_groups, groups, grader, reward)
+    if progress and judged.unjudged:
+        progress.line(f"{judged.unjudged} answers could not be judged in time: they count as wrong")
     return groups
 
 

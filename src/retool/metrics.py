@@ -311,6 +311,10 @@ SECTIONS: dict[str, dict[str, str]] = {
         "group/size_mean": "Trajectories of a group that were kept.",
         "stop/<reason>": "Share of trajectories that ended for this reason (types.StopReason).",
         "infra/trajectories": "Trajectories lost to the infrastructure: in no other number, never learnt from.",
+        "grading/hard": "Answers that were no plain number or word and not seen before: judged by math-verify.",
+        "grading/timeouts": "Of those, answers that it could not judge in time: they count as wrong.",
+        "grading/crashes": "Of those, answers that ended its process (out of memory): they count as wrong.",
+        "grading/over_budget": "Of those, answers not asked about: the step's time for such was spent; wrong.",
     },
     "Calls of the tool": {
         "tool/call_rate": "Share of trajectories that executed code at least once.",

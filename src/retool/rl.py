@@ -31,7 +31,7 @@ from retool.engine.runtime import (
 )
 from retool.evaluate import sample as sample_evaluation
 from retool.grading.grader import BoxedGrader, grade_groups
-from retool.grading.rewards import REWARDS
+from retool.grading.rewards import find_reward
 from retool.metrics import rollout_metrics, validation_metrics
 from retool.progress import Progress
 from retool.protocols import Sandbox
@@ -42,6 +42,7 @@ from retool.types import TrajectoryGroup
 
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: load, train, leave checkpoints. Returns what ``summary.json`` holds."""
+    find_reward(recipe.rl.reward)  # a name that leads nowhere must not cost a model's loading
     checkpoint = find_checkpoint(recipe, "rl")
     runtime = load_runtime(recipe, checkpoint)
     folder = begin_run(recipe, checkpoint)
@@ -64,6 +65,7 @@ async def train(
     recipe, config, seed = runtime.recipe, runtime.recipe.rl, runtime.recipe.run.seed
     folder.write_environment(job="rl", seed=seed, device=str(runtime.model.device))
     source = open_source(recipe)
+    grader, reward = BoxedGrader(lenient=config.grading == "lenient"), find_reward(config.reward)
     policy = runtime.policy()
     rollout = runtime.rollout(policy, sandbox)
     learner = Learner(
@@ -87,7 +89,7 @@ async def train(
                 tasks = source.train_tasks(step, config.prompts)
                 groups = await run_groups(rollout, tasks, config.group_size, seed=seed, step=step)
             with clock.time("grade"):
-                grade_groups(groups, BoxedGrader(), REWARDS[config.reward])
+                judged = await asyncio.to_thread(grade_groups, groups, grader, reward)
                 set_advantages(groups)
             with clock.time("train"):
                 release_memory()
@@ -95,7 +97,7 @@ async def train(
                 metrics = update(learner, groups, config, recipe.rollout.temperature or 1.0)
                 policy.weights_updated()
                 release_memory()
-            metrics |= rollout_metrics(groups)
+            metrics |= rollout_metrics(groups) | judged.metrics()
             if config.eval_every and (step + 1) % config.eval_every == 0:
                 with clock.time("eval"):
                     metrics |= await validate(runtime, source, sandbox, config.eval_size, step)
@@ -194,8 +196,8 @@ def actor_metrics(parts: list[dict[str, float]]) -> dict[str, float]:
 
 
 async def validate(runtime: Runtime, source: Source, sandbox: Sandbox, size: int, step: int) -> dict[str, float]:
-    """The in-loop evaluation, on the development split."""
-    groups = await sample_evaluation(runtime, source.eval_tasks("dev", size), sandbox)
+    """The in-loop evaluation, on ``rl.eval_split``."""
+    groups = await sample_evaluation(runtime, source.eval_tasks(runtime.recipe.rl.eval_split, size), sandbox)
     return validation_metrics(groups, runtime.recipe.eval.k, runtime.recipe.eval.bootstrap, step)
 
 
