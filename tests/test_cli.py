@@ -96,9 +96,9 @@ def test_quickstart_runs_the_shipped_recipe() -> None:
 @pytest.mark.parametrize(
     ("verb", "says"),
     [
-        ("sft", ["steps for 1 × the data, 32 conversations a step"]),
-        ("rl", ["3 steps, 8 trajectories a step (4 tasks × 2), with code execution", "optimiser steps a step: 2"]),
-        ("eval", ["at most 480 problems of the test split × 1 samples"]),
+        ("sft", ["# steps          as many as 1 × the data need, 32 conversations each"]),
+        ("rl", ["# steps                   3, 8 trajectories each (4 tasks × 2)", "# optimiser steps a step  2\n"]),
+        ("eval", ["# samples     at most 480 problems × 1\n"]),
     ],
 )
 def test_a_dry_run_prints_a_recipe_and_starts_nothing(
@@ -108,7 +108,7 @@ def test_a_dry_run_prints_a_recipe_and_starts_nothing(
     assert main([verb, recipe_file, "rl.minibatch_prompts=2", "run.out=o", "--dry-run"], load=jobs) == 0
     assert jobs.ran == []
     out = capsys.readouterr().out
-    for text in [*says, "# would run: run folder o/mine"]:
+    for text in [*says, "o/mine\n", "# fits this machine ("]:
         assert text in out
     recipe = make_recipe(tomllib.loads(out))
     assert (recipe.rl.steps, recipe.rl.minibatch_prompts, recipe.run.name) == (3, 2, "mine")

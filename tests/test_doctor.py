@@ -87,4 +87,4 @@ def test_memory_is_what_is_left_of_the_machine_and_of_the_container(
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         (tmp_path / "memory.current").write_text(f"{used}\n")
         (tmp_path / "memory.stat").write_text(stat)
-    assert doctor._available_memory_gb(meminfo, tmp_path) == pytest.approx(gb)
+    assert doctor.available_memory_gb(meminfo, tmp_path) == pytest.approx(gb)

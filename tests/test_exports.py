@@ -47,14 +47,16 @@ SETTINGS = {
         sft_tool_share""",
     "sandbox": """tier workers timeout_s cpu_s memory_mb output_kb file_mb max_files processes stateful session_idle_s
         preload retries url token concurrency""",
-    "rollout": """format prompt_file tools max_turns max_response_tokens max_context max_observation_tokens max_malformed
-        temperature top_p top_k""",
+    "rollout": """format prompt_file tools max_turns max_response_tokens max_context max_observation_tokens
+        max_malformed temperature top_p top_k""",
     "engine": "kv_budget_mb max_live prefill_chunk",
     "sft": "steps epochs batch_size micro_batch_tokens max_tokens eval_every save_every",
     "sft.optim": OPTIM,
-    "rl": """steps prompts group_size minibatch_prompts micro_batch_tokens clip_low clip_high dual_clip reward
+    "rl": """algorithm steps prompts group_size minibatch_prompts micro_batch_tokens clip_low clip_high dual_clip reward
         grading eval_every eval_size eval_split save_every""",
     "rl.optim": OPTIM,
+    "rl.critic": "gamma lam warmup_steps",
+    "rl.critic.optim": OPTIM,
     "eval": "k temperature top_p bootstrap",
 }
 

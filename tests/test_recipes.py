@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from retool import evaluate, rl, sft
-from retool.config import SHIPPED_RECIPES, Recipe, load_recipe
+from retool.config import SHIPPED_RECIPES, Recipe, load_recipe, recipe_path
 from retool.data.sources import open_source
 from retool.engine.learner import Learner
 from retool.engine.runtime import load_runtime, open_sandbox
+from retool.errors import ConfigError
 from retool.progress import Progress
 from retool.rollout import run_groups
 from retool.store import RunFolder
@@ -87,3 +88,10 @@ def test_an_epoch_takes_every_task_once(smoke: Any) -> None:
     source = open_source(smoke("data", "data.train_size=20"))
     first_epoch = [t.id for step in range(6) for t in source.train_tasks(step, 3)]
     assert len(set(first_epoch)) == 18
+
+
+def test_a_critic_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_path("qwen2.5-32b/ppo"), [f"run.out={tmp_path}"])
+    with pytest.raises(ConfigError, match="the local engine has no critic yet"):
+        rl.run(recipe, progress=QUIET)
+    assert list(tmp_path.iterdir()) == []

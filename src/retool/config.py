@@ -67,8 +67,8 @@ class ModelConfig(Section):
 class DataConfig(Section):
     train: str = Field(default="world", min_length=1)
     """What is learnt from: ``world`` (the built-in task families of the quickstart), a data set's name (``retool data
-    list``), a Parquet or JSON Lines file, or a hub name. ``sft`` needs conversations or solutions that become some, ``rl``
-    problems with answers."""
+    list``), a Parquet or JSON Lines file, or a hub name. ``sft`` needs conversations, or solutions that become some;
+    ``rl`` needs problems with answers."""
     train_file: str = ""
     """A local copy of what ``train`` names; empty: from the hub."""
     test: str = ""
@@ -78,8 +78,8 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(default_factory=dict)
     """For files of one's own: which column holds ``question``, ``answer``, ``solution``, ``id``."""
     against: list[str] = Field(default_factory=list)
-    """Sets (``aime-2025``, or ``aime-2025=FILE``) whose problems must not be learnt: training problems that overlap with
-    them are left out. How overlap is found is in docs/data.md."""
+    """Sets (``aime-2025``, or ``aime-2025=FILE``) whose problems must not be learnt: training problems that overlap
+    with them are left out. How overlap is found is in docs/data.md."""
     chinese: bool = True
     """False: training problems that hold Chinese are left out."""
     train_size: int = Field(default=0, ge=0)
@@ -179,7 +179,7 @@ class RolloutConfig(Section):
     def _fits(self) -> RolloutConfig:
         if self.prompt_file and self.format != "code_tags":
             raise ValueError(
-                f"rollout.prompt_file = {self.prompt_file!r} is for rollout.format = 'code_tags': set that, or remove it"
+                f"rollout.prompt_file = {self.prompt_file!r} is for rollout.format = 'code_tags': set it, or remove this"
             )
         if self.max_response_tokens >= self.max_context:
             raise ValueError(
@@ -228,12 +228,25 @@ class SFTConfig(Section):
     optim: OptimConfig = Field(default_factory=OptimConfig)
 
 
+class CriticConfig(Section):
+    """PPO's value model."""
+
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    lam: float = Field(default=1.0, ge=0, le=1)
+    """GAE's γ and λ."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which the critic alone learns."""
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+
+
 class RLConfig(Section):
+    algorithm: Literal["grpo", "ppo"] = "grpo"
+    """ppo: with a critic; the local engine has none yet, so that it can be planned (``--dry-run``) but not run."""
     steps: int = Field(default=40, ge=1)
     prompts: int = Field(default=32, ge=1)
     """Tasks a step."""
-    group_size: int = Field(default=8, ge=2)
-    """Trajectories a task (GRPO's G)."""
+    group_size: int = Field(default=8, ge=1)
+    """Trajectories a task (GRPO's G, at least 2)."""
     minibatch_prompts: int = Field(default=0, ge=0)
     """Tasks an optimiser step; 0: all of them, strictly on-policy."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
@@ -252,6 +265,15 @@ class RLConfig(Section):
     """What the evaluations during training read."""
     save_every: int = Field(default=0, ge=0)
     optim: OptimConfig = Field(default_factory=OptimConfig)
+    critic: CriticConfig = Field(default_factory=CriticConfig)
+
+    @model_validator(mode="after")
+    def _compares(self) -> RLConfig:
+        if self.algorithm == "grpo" and self.group_size < 2:
+            raise ValueError(
+                f"rl.group_size = {self.group_size}: GRPO compares a task's trajectories with each other; give 2 or more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> RLConfig:
@@ -400,7 +422,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_path(name: str | Path) -> Path:
-    """The file that ``name`` means: a path first, then a recipe inside the package (``quickstart``).
+    """The file that ``name`` means: a path first, then a recipe inside the package (``qwen2.5-7b/grpo``).
 
     Raises:
         ConfigError: it is neither.
@@ -408,9 +430,13 @@ def recipe_path(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = {file.stem: file for file in sorted(SHIPPED_RECIPES.glob("*.toml"))}
-    if str(name) in shipped:
-        return shipped[str(name)]
+    shipped = {
+        file.relative_to(SHIPPED_RECIPES).with_suffix("").as_posix(): file
+        for file in sorted(SHIPPED_RECIPES.rglob("*.toml"))
+    }
+    plain = str(name).removesuffix(".toml").removeprefix("recipes/")
+    if plain in shipped:
+        return shipped[plain]
     raise ConfigError(
         f"recipe {str(name)!r}: no such file, and not a shipped recipe ({', '.join(shipped) or 'none'}); "
         "give the path of a TOML file"

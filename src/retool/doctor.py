@@ -190,7 +190,7 @@ def check_device() -> Check:
 
 def check_memory() -> Check:
     """Memory free to this process: the machine's, or less where a container limits it."""
-    available = _available_memory_gb(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+    available = available_memory_gb()
     enough = available >= NEEDED_MEMORY_GB
     return Check(
         "memory",
@@ -201,7 +201,12 @@ def check_memory() -> Check:
     )
 
 
-def _available_memory_gb(meminfo: Path, cgroup: Path) -> float:
+def available_memory_gb(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """GB that this process can still get.
+
+    Raises:
+        ValueError: ``meminfo`` is not the kernel's.
+    """
     match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
     if match is None:
         raise ValueError(f"{meminfo} has no MemAvailable")

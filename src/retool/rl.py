@@ -29,6 +29,7 @@ from retool.engine.runtime import (
     open_sandbox,
     step_of,
 )
+from retool.errors import ConfigError
 from retool.evaluate import sample as sample_evaluation
 from retool.grading.grader import BoxedGrader, grade_groups
 from retool.grading.rewards import find_reward
@@ -42,6 +43,10 @@ from retool.types import TrajectoryGroup
 
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: load, train, leave checkpoints. Returns what ``summary.json`` holds."""
+    if recipe.rl.algorithm != "grpo":
+        raise ConfigError(
+            f"rl.algorithm = {recipe.rl.algorithm!r}: the local engine has no critic yet; use 'grpo', or plan with --dry-run"
+        )
     find_reward(recipe.rl.reward)  # a name that leads nowhere must not cost a model's loading
     checkpoint = find_checkpoint(recipe, "rl")
     runtime = load_runtime(recipe, checkpoint)

@@ -226,7 +226,7 @@ def test_a_prompt_of_ones_own(tmp_path: Path) -> None:
     assert "Solve it.\n*user question:*\nWhat is 2+2?\nRemember." in shown
     assert "BRIEF" not in shown and INSTRUCTIONS not in shown
     path.write_text("Solve it.")
-    with pytest.raises(ConfigError, match="{query}"):
+    with pytest.raises(ConfigError, match="query"):
         make_format(RolloutConfig(format="code_tags", prompt_file=str(path)), plain.tokenizer)
     with pytest.raises(ConfigError, match="give a text file"):
         make_format(RolloutConfig(format="code_tags", prompt_file=str(tmp_path)), plain.tokenizer)

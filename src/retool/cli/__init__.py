@@ -154,7 +154,12 @@ def _run_job(load: Callable[[str], Job], name: str, options: _JobOptions, model:
 
     recipe = _load(recipe_path(options.recipe), options.overrides, {"model.path": model})
     if options.dry_run:
-        click.echo(describe_job(name, recipe), nl=False)
+        from retool.config import recipe_toml
+        from retool.plan import make_plan, render
+
+        # The plan as comments, so that the whole is a recipe file again.
+        lines = render(make_plan(name, recipe)).splitlines()
+        click.echo(recipe_toml(recipe) + "\n" + "".join(f"# {line}".rstrip() + "\n" for line in lines), nl=False)
         return
     from retool.progress import Progress
 
@@ -197,30 +202,6 @@ def evaluate(
     RECIPE is a TOML file, or the name of a shipped one.
     """
     _run_job(load, "evaluate", _JobOptions(recipe, overrides, quiet, dry_run), model)
-
-
-def describe_job(name: str, recipe: Recipe) -> str:
-    """What ``--dry-run`` prints: the resolved recipe as TOML, and as comments what job ``name`` would do with it, so
-    that the whole is a recipe file again."""
-    from retool.config import recipe_toml
-
-    tools = "with code execution" if recipe.rollout.tools else "text only"
-    lines = [f"model {recipe.model.path}, data {recipe.data.train}"]
-    if name == "sft":
-        steps = f"{recipe.sft.steps} steps" if recipe.sft.steps else f"steps for {recipe.sft.epochs} × the data"
-        lines.append(f"{steps}, {recipe.sft.batch_size} conversations a step")
-    elif name == "rl":
-        prompts, group = recipe.rl.prompts, recipe.rl.group_size
-        updates = prompts // (recipe.rl.minibatch_prompts or prompts)
-        lines.append(
-            f"{recipe.rl.steps} steps, {prompts * group} trajectories a step ({prompts} tasks × {group}), {tools}; "
-            f"optimiser steps a step: {updates}"
-        )
-    else:
-        size, k = recipe.data.test_size, recipe.eval.k
-        lines.append(f"at most {size} problems of the {recipe.data.test_split} split × {k} samples, {tools}")
-    lines.append(f"run folder {Path(recipe.run.out) / recipe.run.name}")
-    return recipe_toml(recipe) + "\n" + "".join(f"# would run: {line}\n" for line in lines)
 
 
 cli.add_command(data)

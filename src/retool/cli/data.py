@@ -30,7 +30,7 @@ def data_list() -> None:
     from retool.progress import Progress
 
     rows = [
-        [known.name, known.hub, known.kind, f"{known.published:,}" if known.published else "–", known.about]
+        [known.name, known.hub, known.kind, " + ".join(f"{n:,}" for n in known.published.values()), known.about]
         for known in SETS.values()
     ]
     Progress().table("Data sets", ["name", "on the hub", "holds", "rows", ""], rows)
@@ -41,7 +41,7 @@ def cleaning_options(function: Any) -> Any:
     """What commands that read a set of problems have in common."""
     for option in reversed(
         [
-            click.option("--file", metavar="PATH", default="", help="A local copy of SET: a file, or the hub's folder."),
+            click.option("--file", metavar="PATH", default="", help="A local copy of SET: a file or a folder."),
             click.option("--against", metavar="SET[=FILE]", multiple=True, help="Drop what this set holds too."),
             click.option("--ngram", type=click.IntRange(2), default=13, show_default=True, help="Words of an overlap."),
             click.option(

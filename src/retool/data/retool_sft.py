@@ -20,10 +20,8 @@ from retool.types import Message
 
 _MARKER = re.compile(r"\*+\s*user question\s*:\s*\*+", re.IGNORECASE)
 _LEAD = re.compile(r"\s*Answer the following Math Problem and put the answer in the format of \\boxed\{+answer\}+\s*")
-# Carriers of the rows wrap lines.
-_TAIL = re.compile(
-    r"\s*" + r"\s+".join("Remember to place the final answer in the last part using the format:".split())
-)
+_END = "Remember to place the final answer in the last part using the format:"
+_TAIL = re.compile(r"\s*" + _END.replace(" ", r"\s+"))  # carriers of the rows wrap lines
 
 
 class RowError(ValueError):

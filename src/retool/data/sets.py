@@ -29,8 +29,8 @@ class DataSet:
     """From our names of splits to the hub's; the first one is the default."""
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The columns that hold a field, in the layouts in which the set is found."""
-    published: int | None = None
-    """Rows on the hub, of the first split."""
+    published: Mapping[str, int] = field(default_factory=dict)
+    """Rows on the hub, by split."""
 
 
 SETS = {
@@ -38,30 +38,31 @@ SETS = {
     for s in (
         DataSet(
             "retool-sft", "JoeYing/ReTool-SFT", "cold-start trajectories with the paper's tags", "conversations",
-            published=2000,
+            published={"train": 2000},
         ),
         DataSet(
             "dapo-math-17k", "BytedTsinghua-SIA/DAPO-Math-17k", "competition problems, answers are integers",
-            columns={"question": ("prompt",), "answer": ("reward_model.ground_truth",)}, published=1_791_700,
+            columns={"question": ("prompt",), "answer": ("reward_model.ground_truth",)}, published={"train": 1_791_700},
         ),
         DataSet(
             "aime-2024", "Maxwell-Jia/AIME_2024", "30 problems of both AIME contests of 2024",
             columns={"question": ("Problem", "problem", "input"), "answer": ("Answer", "answer", "output"),
-                     "solution": ("Solution", "solution")}, published=30,
+                     "solution": ("Solution", "solution")}, published={"train": 30},
         ),
         DataSet(
             "aime-2025", "yentinglin/aime_2025", "30 problems of both AIME contests of 2025",
             columns={"question": ("problem", "Problem", "input"), "answer": ("answer", "Answer", "output"),
-                     "solution": ("solution", "Solution")}, published=30,
+                     "solution": ("solution", "Solution")}, published={"train": 30},
         ),
         DataSet(
             "math-500", "HuggingFaceH4/MATH-500", "500 problems of the MATH test set", splits={"test": "test"},
-            columns={"question": ("problem",), "answer": ("answer",), "solution": ("solution",)}, published=500,
+            columns={"question": ("problem",), "answer": ("answer",), "solution": ("solution",)},
+            published={"test": 500},
         ),
         DataSet(
             "gsm8k", "openai/gsm8k", "grade-school word problems with annotated solutions", config="main",
             splits={"train": "train", "test": "test"},
-            columns={"question": ("question",), "answer": ("answer",)}, published=7473,
+            columns={"question": ("question",), "answer": ("answer",)}, published={"train": 7473, "test": 1319},
         ),
     )
 }  # fmt: skip

@@ -32,7 +32,7 @@ class ChatFormat(ABC):
         ConfigError: the tokenizer has no chat template, or the template cannot carry a format.
     """
 
-    tool_schemas: list[dict[str, Any]] | None = None
+    tool_schemas: tuple[dict[str, Any], ...] = ()
     """What the template itself is told of tools."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -151,7 +151,10 @@ class ChatFormat(ABC):
 
     def _render(self, messages: list[Message], *, tools: bool = True, opening: bool = False) -> str:
         rendered = self.tokenizer.apply_chat_template(
-            messages, tools=self.tool_schemas if tools else None, tokenize=False, add_generation_prompt=opening
+            messages,
+            tools=list(self.tool_schemas) if tools and self.tool_schemas else None,
+            tokenize=False,
+            add_generation_prompt=opening,
         )
         return str(rendered)
 

@@ -24,7 +24,7 @@ class HermesFormat(ChatFormat):
         ConfigError: the tokenizer has no chat template, or the template cannot carry this format.
     """
 
-    tool_schemas = [TOOL_SCHEMA]
+    tool_schemas = (TOOL_SCHEMA,)
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__(tokenizer)

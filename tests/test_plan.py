@@ -1,0 +1,180 @@
+"""What --dry-run says: sizes against the real models, the shipped recipes against the reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from retool.config import SHIPPED_RECIPES, Recipe, load_recipe, make_recipe, recipe_path
+from retool.engine import learner
+from retool.engine.kv import bytes_per_token
+from retool.errors import ConfigError
+from retool.plan import KNOWN, MAX_LOGITS, Architecture, Machine, estimate_memory, make_plan, read_architecture, render
+
+CPU, GPU = Machine("cpu", 24.0), Machine("a GPU", 80.0)
+SHIPPED = [path.relative_to(SHIPPED_RECIPES).with_suffix("").as_posix() for path in SHIPPED_RECIPES.rglob("*.toml")]
+FOLDERS = [name for name in SHIPPED if "/" in name]
+
+
+def job_of(name: str) -> str:
+    return "sft" if name.endswith("/sft") else "rl"
+
+
+def plan_of(name: str, *overrides: str, machine: Machine = CPU) -> Any:
+    return make_plan(job_of(name), load_recipe(recipe_path(name), overrides), machine=machine)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", 0.494),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 1.544),
+        ("Qwen/Qwen2.5-3B-Instruct", 3.086),
+        ("Qwen/Qwen2.5-7B-Instruct", 7.616),
+        ("Qwen/Qwen2.5-14B-Instruct", 14.770),
+        ("Qwen/Qwen2.5-32B-Instruct", 32.764),
+        ("Qwen/Qwen2.5-72B-Instruct", 72.706),
+        ("Qwen/Qwen3-4B", 4.022),
+        ("Qwen/Qwen3-8B", 8.191),
+    ],
+)
+def test_parameters_are_the_published_ones(name: str, billions: float) -> None:
+    """The sums of the published checkpoints' tensors, in billions."""
+    assert KNOWN[name].parameters / 1e9 == pytest.approx(billions, abs=5e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_of_the_model(tied: bool) -> None:
+    sizes = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
+             "intermediate_size": 200, "vocab_size": 777, "tie_word_embeddings": tied}  # fmt: skip
+    with torch.device("meta"):
+        qwen2 = Qwen2ForCausalLM(Qwen2Config(**sizes))
+        qwen3 = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=32))
+    assert Architecture(**sizes).parameters == qwen2.num_parameters()
+    assert Architecture(**sizes, head_dim=32, qk_norm=True).parameters == qwen3.num_parameters()
+    assert Architecture(**sizes).kv_numbers * 4 == bytes_per_token(qwen2.config, torch.float32)
+    assert MAX_LOGITS == learner.MAX_LOGITS
+
+
+def test_the_model_is_read_where_it_is(tmp_path: Path, shared_data: Path) -> None:
+    nano = read_architecture(Recipe())
+    assert nano is not None and nano.parameters == 722_560
+    assert read_architecture(make_recipe({"model": {"path": str(tmp_path)}})) is None
+    assert read_architecture(make_recipe({"model": {"path": "nobody/nothing"}})) is None
+    config = {"model_type": "qwen3", "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6,
+              "num_key_value_heads": 2, "intermediate_size": 200, "vocab_size": 777, "head_dim": 32}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read_architecture(make_recipe({"model": {"path": str(tmp_path)}}))
+    assert found == Architecture(96, 3, 6, 2, 200, 777, False, 32, True)
+    random = {"tokenizer": str(shared_data / "tokenizer" / "qwen2.5"), "random_init": {"hidden_size": 64}}
+    found = read_architecture(make_recipe({"model": random}))
+    assert found is not None and found.vocab_size == 151_665
+
+
+def test_memory_by_part() -> None:
+    """By hand, for 1,000,000,000 bytes of weights in bf16 and the like."""
+    architecture = KNOWN["Qwen/Qwen2.5-7B-Instruct"]
+    recipe = load_recipe(recipe_path("qwen2.5-7b/grpo"))
+    parts = estimate_memory("rl", recipe, architecture, gpu=True)
+    weights = 7_615_616_512 * 2 / 2**30
+    assert parts["weights"] == parts["gradients"] == pytest.approx(weights)
+    assert parts["optimiser (adamw)"] == pytest.approx(2 * weights)
+    # 28 layers × 2 (keys, values) × 4 heads × 128 wide × 2 bytes = 57,344 bytes a token; the budget is smaller.
+    assert architecture.kv_numbers * 2 == 57_344
+    assert parts["KV cache"] == 64
+    assert parts["logits"] == pytest.approx(5 * 64 / 1024)
+    muon = recipe.model_copy(deep=True)
+    muon.rl.optim.name = "muon"
+    assert estimate_memory("rl", muon, architecture, gpu=True)["optimiser (muon)"] == pytest.approx(weights)
+    assert estimate_memory("rl", recipe, architecture, gpu=False)["weights"] == pytest.approx(2 * weights)
+    assert set(estimate_memory("evaluate", recipe, architecture, gpu=True)) == {"weights", "KV cache"}
+    small = estimate_memory("evaluate", load_recipe(recipe_path("quickstart")), read_architecture(Recipe()), gpu=False)  # type: ignore[arg-type]
+    assert small["KV cache"] == pytest.approx(256 * 448 * 1536 / 2**30)  # 256 live × 448 tokens × 1,536 bytes
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_has_a_plan(name: str, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETOOL_DATA", str(shared_data))
+    plan = plan_of(name)
+    shown = render(plan)
+    assert plan.total_gb > 0
+    assert "fits this machine (cpu, 24.0 GB): " in shown and "steps" in shown
+    assert recipe_path(f"{name}.toml") == recipe_path(name) == recipe_path(f"recipes/{name}")
+
+
+def test_the_one_gpu_recipes_fit_one_gpu() -> None:
+    for name in (name for name in FOLDERS if "1gpu" in name):
+        assert "fits this machine (a GPU, 80.0 GB): yes" in render(plan_of(name, machine=GPU)), name
+    small = Machine("a GPU", 24.0)
+    assert plan_of("qwen2.5-1.5b-1gpu/gsm8k", machine=small).total_gb < 24
+    smaller = ("sft.max_tokens=3072", "sft.micro_batch_tokens=3072")
+    assert plan_of("qwen2.5-1.5b-1gpu/sft", *smaller, machine=small).total_gb < 24
+
+
+REFERENCE: dict[str, dict[str, Any]] = {
+    # verl's ReTool recipe for Qwen2.5-32B (DESIGN's table of figures).
+    "qwen2.5-32b/sft": {
+        "model.path": "Qwen/Qwen2.5-32B-Instruct", "data.train": "retool-sft", "sft.epochs": 6, "sft.batch_size": 32,
+        "sft.max_tokens": 16384, "sft.steps": 0,
+    },
+    "qwen2.5-32b/grpo": {
+        "data.train": "dapo-math-17k", "data.test": "aime-2025", "rl.algorithm": "grpo", "rl.steps": 150,
+        "rl.prompts": 512, "rl.minibatch_prompts": 64, "rl.group_size": 16, "rl.clip_low": 0.2, "rl.clip_high": 0.28,
+        "rl.dual_clip": 10.0, "rl.optim.lr": 1e-6, "rl.reward": "verl", "rl.eval_every": 5, "rollout.max_turns": 8,
+        "rollout.max_response_tokens": 16384, "rollout.max_context": 18432, "rollout.temperature": 1.0,
+        "rollout.top_p": 1.0, "rollout.top_k": 0, "eval.k": 30, "eval.top_p": 0.6, "eval.temperature": 1.0,
+        "rl.eval_split": "test", "rl.eval_size": 30,
+    },
+    "qwen2.5-32b/ppo": {
+        "data.train": "dapo-math-17k", "data.test": "aime-2025", "rl.algorithm": "ppo", "rl.steps": 250,
+        "rl.prompts": 1024, "rl.minibatch_prompts": 256, "rl.group_size": 1, "rl.critic.optim.lr": 2e-6,
+        "rl.critic.gamma": 1.0, "rl.critic.lam": 1.0, "rl.critic.warmup_steps": 20, "rl.optim.lr": 1e-6,
+        "rollout.max_turns": 8, "eval.k": 30, "eval.top_p": 0.6,
+    },
+    "qwen2.5-7b/grpo": {
+        "model.path": "Qwen/Qwen2.5-7B-Instruct", "rl.prompts": 64, "rl.group_size": 16, "rollout.max_turns": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_the_reference_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RETOOL_START", raising=False)
+    recipe = load_recipe(recipe_path(name))
+    for key, expected in REFERENCE[name].items():
+        value: Any = recipe
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert value == expected, key
+
+
+def test_counts_come_from_the_files_where_they_are(shared_data: Path) -> None:
+    file = f"data.train_file={shared_data / 'dapo' / 'dapo_math_17k.parquet'}"
+    test = f"data.test_file={shared_data / 'aime' / 'aime_2025.jsonl'}"
+    facts = dict(plan_of("qwen2.5-32b/grpo", file, test).facts)
+    assert "17,917 rows" in facts["train on"] and "30 rows" in facts["evaluate on"]
+    assert "as published" in dict(plan_of("qwen2.5-32b/grpo").facts)["train on"]
+    facts = dict(plan_of("qwen2.5-32b/grpo", "data.train=some/where", "data.against=[]").facts)
+    assert "rows not counted (some/where: not at hand)" in facts["train on"] and "less what is in" not in facts
+
+
+def test_steps_of_epochs_are_counted() -> None:
+    """2,000 rows less the held-out tenth: 1,800 × 6 / 32 = 337.5."""
+    assert "338 (6 epochs" in dict(plan_of("qwen2.5-32b/sft").facts)["steps"]
+    assert dict(plan_of("qwen2.5-32b/sft", "sft.steps=7").facts)["steps"].startswith("7, 32 conversations")
+    assert "as many as 6 × the data need" in dict(plan_of("qwen2.5-32b/sft", "data.train=a/b").facts)["steps"]
+
+
+def test_a_model_that_is_not_at_hand_has_a_plan_without_memory() -> None:
+    shown = render(plan_of("qwen2.5-32b/grpo", "model.path=nobody/nothing"))
+    assert "its size is not at hand" in shown and "memory: not known" in shown
+
+
+def test_an_unknown_recipe_names_the_others() -> None:
+    with pytest.raises(ConfigError, match=r"qwen2\.5-32b/grpo, qwen2\.5-32b/ppo"):
+        recipe_path("qwen2.5-32b/gppo")
