@@ -40,7 +40,7 @@ TABLE: dict[str, Row] = {
     "config": row(0, "errors", packages="pydantic pydantic_core tomli_w"),
     "protocols": row(0, "types"),
     "formats": row(1, *GROUND, packages="tokenizers transformers"),
-    "data": row(1, *GROUND, *MIDDLE, packages="aiohttp datasets pyarrow"),
+    "data": row(1, *GROUND, *MIDDLE, packages="datasets openai pyarrow"),
     "grading": row(1, *GROUND, packages="math_verify sympy latex2sympy2_extended"),
     "sandbox": row(1, *GROUND, packages="aiohttp prometheus_client pydantic pydantic_core"),
     "store": row(1, *GROUND, packages="pyarrow numpy"),

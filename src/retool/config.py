@@ -179,7 +179,7 @@ class RolloutConfig(Section):
     def _fits(self) -> RolloutConfig:
         if self.prompt_file and self.format != "code_tags":
             raise ValueError(
-                f"rollout.prompt_file = {self.prompt_file!r} is for rollout.format = 'code_tags': set it, or remove this"
+                f"rollout.prompt_file = {self.prompt_file!r} is for rollout.format = 'code_tags': set that"
             )
         if self.max_response_tokens >= self.max_context:
             raise ValueError(
@@ -270,9 +270,7 @@ class RLConfig(Section):
     @model_validator(mode="after")
     def _compares(self) -> RLConfig:
         if self.algorithm == "grpo" and self.group_size < 2:
-            raise ValueError(
-                f"rl.group_size = {self.group_size}: GRPO compares a task's trajectories with each other; give 2 or more"
-            )
+            raise ValueError(f"rl.group_size = {self.group_size}: GRPO compares a task's trajectories; give at least 2")
         return self
 
     @model_validator(mode="after")

@@ -45,7 +45,7 @@ def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: load, train, leave checkpoints. Returns what ``summary.json`` holds."""
     if recipe.rl.algorithm != "grpo":
         raise ConfigError(
-            f"rl.algorithm = {recipe.rl.algorithm!r}: the local engine has no critic yet; use 'grpo', or plan with --dry-run"
+            f"rl.algorithm = {recipe.rl.algorithm!r}: the local engine has no critic yet; use 'grpo', or --dry-run"
         )
     find_reward(recipe.rl.reward)  # a name that leads nowhere must not cost a model's loading
     checkpoint = find_checkpoint(recipe, "rl")

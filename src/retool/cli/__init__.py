@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from retool.cli.cold_start import cold_start
 from retool.cli.common import EXIT_CTRL_C, EXIT_NOT_IN_ORDER, EXIT_SIGTERM, EXIT_USER_ERROR, QUIET, show_help
 from retool.cli.data import data
 from retool.cli.sandbox import sandbox
@@ -205,6 +206,7 @@ def evaluate(
 
 
 cli.add_command(data)
+cli.add_command(cold_start)
 cli.add_command(sandbox)
 
 

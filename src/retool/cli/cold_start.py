@@ -1,0 +1,107 @@
+"""``retool cold-start``: trajectories with code from a teacher, checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from retool.cli.common import QUIET
+from retool.cli.data import cleaning_options, parse_columns
+from retool.errors import ConfigError
+
+
+@click.command(name="cold-start")
+@click.argument("name", metavar="SET")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The Parquet file to write."
+)
+@click.option("--teacher", "url", required=True, metavar="URL", help="An OpenAI-compatible endpoint, e.g. http://…/v1.")
+@click.option("--model", required=True, help="The teacher's name there.")
+@click.option("--key-env", default="OPENAI_API_KEY", show_default=True, help="The variable that holds the key, if any.")
+@cleaning_options
+@click.option("--split", default="", help="Which split; default: the set's first one.")
+@click.option(
+    "--column", "columns", metavar="FIELD=COLUMN", multiple=True, help="question, answer, solution, id: where."
+)
+@click.option("--limit", type=click.IntRange(0), default=0, help="Problems at most; 0: all.")
+@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Answers a problem.")
+@click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True, help="Requests at a time.")
+@click.option("--max-requests", type=click.IntRange(0), default=0, help="Budget, retries included; 0: none.")
+@click.option("--max-total-tokens", type=click.IntRange(0), default=0, help="Budget, prompts and answers; 0: none.")
+@click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Tokens of one answer.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Seconds of one request.",
+)
+@click.option("--retries", type=click.IntRange(0), default=4, show_default=True, help="After a failure that may pass.")
+@click.option("--timeout-code", type=float, default=30.0, show_default=True, help="Seconds of one program.")
+@click.option("--sandbox-url", default="", help="Run the programs in this service (sandbox.url).")
+@click.option("--keep-textual", is_flag=True, help="Keep answers without a program.")
+@click.option(
+    "--form",
+    type=click.Choice(["messages", "tags"]),
+    default="messages",
+    show_default=True,
+    help="With tool calls, or as one string with tags.",
+)
+@click.option("--restart", is_flag=True, help="Forget the answers that are there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@QUIET
+def cold_start(
+    name: str, out: Path, url: str, model: str, key_env: str, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Ask a teacher for solutions with code in them, check them, write them as conversations.
+
+    SET is a name from 'retool data list', a file, or a hub name. The same command typed again goes on: no answer
+    that is in OUT.journal.jsonl is asked for again.
+    """
+    import asyncio
+    import json
+
+    from retool.data.cold_start.generate import Job, generate
+    from retool.data.prepare import beside
+    from retool.progress import Progress
+
+    progress = Progress(quiet=quiet or as_json)
+    job: Job = _job(name, out, url, model, key_env, options)
+    report = asyncio.run(generate(job, progress))
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2))
+        return
+    progress.table(f"{name} → {out}", ["", "count"], report.table())
+    if report.budget_spent:
+        progress.line("The budget is spent: the same command with a larger one goes on.")
+    elif report.failed or report.undecided:
+        progress.line("The same command asks again for what failed.")
+    written = str(out) if report.kept else "Nothing is kept, so no Parquet file is written."
+    progress.line(f"{written}  (to read: {beside(out, 'samples.md')}, the counts: {beside(out, 'report.json')})")
+
+
+def _job(name: str, out: Path, url: str, model: str, key_env: str, options: dict[str, Any]) -> Any:
+    import os
+
+    from retool.config import make_recipe
+    from retool.data.cold_start.generate import Job
+    from retool.data.cold_start.teacher import TeacherConfig
+    from retool.data.prepare import Cleaning
+
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--teacher {url!r}: give an address like http://127.0.0.1:8000/v1")
+    sandbox = make_recipe({"sandbox": {"timeout_s": options["timeout_code"], "url": options["sandbox_url"]}}).sandbox
+    teacher = TeacherConfig(
+        url, model, os.environ.get(key_env, ""),
+        options["temperature"], options["max_tokens"], options["timeout"], options["retries"],
+    )  # fmt: skip
+    cleaning = Cleaning(against=options["against"], ngram=options["ngram"], share=options["min_share"])
+    return Job(
+        name, out, teacher, file=options["file"], columns=parse_columns(options["columns"]), split=options["split"],
+        limit=options["limit"], samples=options["samples"], concurrency=options["concurrency"],
+        max_requests=options["max_requests"], max_total_tokens=options["max_total_tokens"], cleaning=cleaning,
+        textual=options["keep_textual"], form=options["form"], sandbox=sandbox, restart=options["restart"],
+    )  # fmt: skip
