@@ -67,6 +67,14 @@ def test_report_and_trajectories_are_there(finished: tuple[Path, str]) -> None:
         assert word in printed
 
 
+def test_the_papers_tags_serve_as_well(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, "rollout.format=code_tags")
+    quickstart.run(recipe, from_scratch=False, with_control=False, progress=Progress(quiet=True))
+    summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
+    assert summary["grpo"]["samples"] == 8
+    assert "<svg" in (tmp_path / "quickstart" / "report.html").read_text()
+
+
 def test_the_same_seed_gives_the_same_trajectories(finished: tuple[Path, str], tmp_path: Path) -> None:
     """Greedy or not: the first evaluation depends on the seed alone."""
     path, _ = finished

@@ -19,6 +19,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from retool.data.reading import rows as read_rows
+from retool.data.retool_sft import to_messages
 from retool.errors import DataError
 from retool.formats import tags
 from retool.formats.calls import tool_call
@@ -135,3 +136,21 @@ def with_answer_tags(conversation: Conversation) -> Conversation:
     said = before if _NAMES_THE_ANSWER.fullmatch(line) else text
     content = tags.join(said, tags.write_answer(f"\\boxed{{{answer}}}"))
     return replace(conversation, messages=[*others, {**last, "content": content}])
+
+
+def with_calls(conversation: Conversation) -> Conversation:
+    """The conversation with tool calls and tool messages where its last turn is one string with the paper's tags: as it
+    stands, a format with calls would learn to write what the environment writes.
+
+    Raises:
+        DataError: that string breaks the grammar of the tags.
+    """
+    *others, last = conversation.messages
+    text = str(last["content"])
+    if tags.CODE_OPEN not in text or tags.OUTPUT_OPEN not in text or last.get("tool_calls"):
+        return conversation
+    try:
+        blocks = tags.split(text)
+    except tags.TagError as error:
+        raise DataError(f"conversation {conversation.id!r}: {error}; mend its tags, or leave the row out") from None
+    return replace(conversation, messages=[*others, *to_messages(blocks)])

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from retool.config import Recipe
 from retool.data import gsm8k, world
-from retool.data.conversations import read_conversations, with_answer_tags
+from retool.data.conversations import read_conversations, with_answer_tags, with_calls
 from retool.data.conversion import convert_set
 from retool.data.prepare import Cleaning, Report, clean
 from retool.data.sets import SETS, load_problems
@@ -65,8 +65,8 @@ class World:
 
 
 def _in_format(name: str, conversations: Iterable[Conversation]) -> list[Conversation]:
-    """Demonstrations of any origin, their last turn as the format wants it."""
-    return [with_answer_tags(c) if name == "code_tags" else c for c in conversations]
+    """Demonstrations of any origin, as the format wants them."""
+    return [with_answer_tags(c) if name == "code_tags" else with_calls(c) for c in conversations]
 
 
 class Sets:

@@ -156,6 +156,21 @@ def test_a_budget_is_kept_and_a_larger_one_goes_on(
         assert set(teacher.asked.values()) == {1}
 
 
+def test_requests_before_the_budget_was_spent_are_counted(tmp_path: Path) -> None:
+    problems, path = made(3, tmp_path)
+    out = tmp_path / "o.parquet"
+
+    def script(question: str, before: int) -> Say:
+        return Say("oh", status=503) if before == 0 else Say(good(str(number_of(question))))
+
+    with serving(script, problems) as teacher:
+        first = run(path, teacher.url, out, max_requests=4, concurrency=3)
+        assert first.requests == 4 and first.budget_spent and first.answered == 1
+        assert dict(first.failed) == {"the budget was spent": 2}
+        last = run(path, teacher.url, out)
+        assert last.requests == sum(teacher.asked.values()) == 6 and last.kept == 3
+
+
 def test_several_samples_and_repeated_ones(tmp_path: Path) -> None:
     problems, path = made(2, tmp_path)
 

@@ -73,9 +73,9 @@ class _State:
     undecided: set[Key] = field(default_factory=set)
     spent: bool = False
 
-    def show(self, steps: int = 1) -> None:
+    def show(self) -> None:
         tokens = self.teacher.budget.tokens
-        self.stage.advance(steps, kept=len(self.checked), rejected=len(self.rejected), tokens=tokens)
+        self.stage.advance(kept=len(self.checked), rejected=len(self.rejected), tokens=tokens)
 
 
 async def generate(job: Job, progress: Progress) -> ColdStartReport:
@@ -169,7 +169,7 @@ async def _one(state: _State, problem: Problem, sample: int) -> None:
             state.rejected[key] = str(reason)
         except UndecidedError:
             state.undecided.add(key)
-    state.show()
+        state.show()
 
 
 async def _ask(state: _State, problem: Problem, key: Key, before: int) -> dict[str, Any] | None:
@@ -178,8 +178,10 @@ async def _ask(state: _State, problem: Problem, key: Key, before: int) -> dict[s
         return None
     try:
         answer = await state.teacher.ask(prompt.messages_for(problem))
-    except BudgetSpentError:
+    except BudgetSpentError as error:
         state.spent = True
+        if error.attempts:
+            state.answers.add(key, {"failed": "the budget was spent", "attempts": before + error.attempts})
         return None
     except AskError as error:
         state.answers.add(key, {"failed": error.reason, "attempts": before + error.attempts})

@@ -60,6 +60,9 @@ class AskError(Exception):
 class BudgetSpentError(Exception):
     """Nothing more may be asked."""
 
+    attempts = 0
+    """Requests that were sent for this answer before."""
+
 
 class Budget:
     """Requests and tokens that may be used, what was used in earlier runs included.
@@ -130,7 +133,7 @@ class Teacher:
         reason = ""
         for attempt in range(self.config.retries + 1):
             wait: float | None = None
-            async with self.budget.request(expected) as used:
+            async with self._within_budget(expected, attempt) as used:
                 try:
                     found = await self._client.chat.completions.create(
                         model=self.config.model,
@@ -152,6 +155,15 @@ class Teacher:
         if not self._reached:
             raise ConfigError(f"--teacher {self.config.url!r}: {reason}; start the server, or mend the address")
         raise AskError(reason, self.config.retries + 1)
+
+    @asynccontextmanager
+    async def _within_budget(self, tokens: int, attempts: int) -> AsyncIterator[list[int]]:
+        try:
+            async with self.budget.request(tokens) as used:
+                yield used
+        except BudgetSpentError as error:
+            error.attempts = attempts
+            raise
 
     def _status(self, error: Any, attempt: int) -> tuple[str, float | None]:
         """Why a request was refused, and how long the server wants us to wait, where it may be sent again."""
