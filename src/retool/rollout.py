@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import json
 import math
 import time
@@ -35,6 +34,8 @@ from retool.types import (
 )
 
 T = TypeVar("T")
+MAX_PIECES = 64
+"""Stop strings inside one call that are gone over; a model that repeats one without end must not be asked for ever."""
 SEED_BITS = 63  # torch and numpy take seeds as signed 64-bit integers
 
 
@@ -181,7 +182,7 @@ async def _sample(rollout: Rollout, ids: list[int], params: SamplingParams, sess
     """What the policy says next, and its text. A stop string inside a call that is still being written (a program that
     prints the tag) ends nothing: the same turn goes on, with random numbers of its own."""
     so_far, part = TokenOutput([], [], Finish.STOP), params
-    for piece in itertools.count(1):
+    for piece in range(1, MAX_PIECES + 1):
         # The policy may keep the list that it is given; ours grows.
         output = await rollout.policy.generate([*ids, *so_far.token_ids], part, session=session)
         _check_output(output, part)
@@ -194,7 +195,7 @@ async def _sample(rollout: Rollout, ids: list[int], params: SamplingParams, sess
             )
         text = rollout.fmt.decode(output.token_ids)
         ended = output.finish is not Finish.STOP or output.token_ids[-1] in params.stop_token_ids
-        if ended or not params.stop or rollout.fmt.is_over(text):
+        if ended or not params.stop or rollout.fmt.is_over(text) or piece == MAX_PIECES:
             break
         if len(output.token_ids) >= params.max_tokens:
             output = replace(output, finish=Finish.LENGTH)

@@ -19,7 +19,7 @@ from retool.config import RolloutConfig
 from retool.errors import ConfigError, DataError, InvariantError
 from retool.formats import make_format, tags
 from retool.formats.code_tags import INSTRUCTIONS, CodeTagsFormat
-from retool.rollout import Rollout, run_trajectory
+from retool.rollout import MAX_PIECES, Rollout, run_trajectory
 from retool.types import Finish, Message, SamplingParams, StopReason, Task, TokenOutput, Trajectory
 
 ROOMY = RolloutConfig(
@@ -155,6 +155,16 @@ def test_a_tag_inside_a_program_ends_no_turn(fmt: CodeTagsFormat) -> None:
     assert trajectory.logprobs_T[len(trajectory.prompt_ids)] == -0.5
     assert len(trajectory.turns[0].output.logprobs) == len(trajectory.turns[0].output.token_ids)
     assert trajectory.ids_T == ids
+
+
+def test_a_model_that_repeats_the_tag_is_not_asked_for_ever(tiny: CodeTagsFormat) -> None:
+    ids = [*tiny._encoder.plain("<code>\n```python\nprint('" + "</code>" * 5000).ids, tiny.end_id]
+    policy = StoppingPolicy(tiny, ids)
+    trajectory = roll(tiny, policy, [])
+    assert policy.calls == MAX_PIECES
+    assert trajectory.stop_reason is StopReason.MALFORMED
+    assert trajectory.turns[0].calls[0].error is not None
+    assert tags.is_open(tiny.decode(ids)) and len(tags.find_calls(tiny.decode(ids))) == 1
 
 
 def test_a_turn_that_goes_on_keeps_to_its_room(tiny: CodeTagsFormat) -> None:

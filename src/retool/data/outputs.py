@@ -54,13 +54,19 @@ def _same_piece(ours: str, theirs: str) -> bool:
     a, b = _number(ours), _number(theirs)
     if a is None or b is None:
         return False
-    whole = all(re.fullmatch(r"[-+]?\d+", piece) for piece in (ours, theirs))
-    if whole or a == b:
-        return int(ours) == int(theirs) if whole else True
+    if all(re.fullmatch(r"[-+]?\d+", piece) for piece in (ours, theirs)):  # compared as text: floats lose digits
+        return _plain(ours) == _plain(theirs)
+    if a == b:
+        return True
     if abs(a - b) <= TOLERANCE * max(abs(a), abs(b)):
         return True
     shown = min(_decimals(ours), _decimals(theirs))
     return shown > 0 and "e" not in (ours + theirs).lower() and round(a, shown) == round(b, shown)
+
+
+def _plain(piece: str) -> str:
+    digits = piece.lstrip("+-").lstrip("0") or "0"
+    return f"-{digits}" if piece.startswith("-") and digits != "0" else digits
 
 
 def _decimals(piece: str) -> int:

@@ -48,7 +48,7 @@ _PYTHON = ("", "python", "py", "python3")
 _PIECES = re.compile(
     r"""
     \#[^\n]*
-    | (?P<triple>\"{3}|'{3}) (?:\\.|(?!(?P=triple))[^\\])* (?P<closed>(?P=triple))?
+    | (?P<triple>\"{3}|'{3}) (?:\\.|(?!(?P=triple))[^\\])* (?P=triple)?
     | (?P<single>["']) (?:\\.|(?!(?P=single))[^\\\n])* (?:(?P=single)|(?=\n)|\Z)
     """,
     re.VERBOSE | re.DOTALL,
@@ -119,11 +119,11 @@ def _read_fenced(text: str, opened: re.Match[str]) -> Program | None:
     own_line = re.search(rf"(?:\A|\n)[ \t]*{fence}[ \t]*\s*{CODE_CLOSE}", body)
     first = own_line.end() - len(CODE_CLOSE) if own_line else len(body)
     if len(fence) == _FENCE:
-        for close in re.finditer(CODE_CLOSE, body[:first]):
-            code, found_fence = _without_fence(body[: close.start()])
-            if not _inside_a_string(code):
-                fault = fault or ("" if found_fence else "code without its closing fence")
-                return Program(code, opened.start(), opened.end() + close.end(), fault)
+        close = _close_outside_strings(body[:first])
+        if close is not None:
+            code, found_fence = _without_fence(body[:close])
+            fault = fault or ("" if found_fence else "code without its closing fence")
+            return Program(code, opened.start(), opened.end() + close + len(CODE_CLOSE), fault)
     if own_line is None:
         return None
     return Program(body[: own_line.start()], opened.start(), opened.end() + own_line.end(), fault)
@@ -137,17 +137,16 @@ def _without_fence(code: str) -> tuple[str, bool]:
     return code.removesuffix("\n"), False
 
 
-def _inside_a_string(code: str) -> bool:
-    """Whether what follows ``code`` would still belong to a string or a comment in it."""
-    *_, last = [None, *_PIECES.finditer(code)]
-    if last is None or last.end() < len(code):
-        return False
-    piece = last.group()
-    if last.group("triple"):
-        return last.group("closed") is None
-    quote = last.group("single")
-    # A lone quotation mark is open; so is one whose last quotation mark is escaped.
-    return quote is None or len(piece) == 1 or not re.fullmatch(rf"{quote}(?:\\.|[^\\])*{quote}", piece, re.DOTALL)
+def _close_outside_strings(code: str) -> int | None:
+    """Where the first ``</code>`` stands that belongs to no string and no comment. One pass, whatever the code."""
+    pieces = _PIECES.finditer(code)
+    piece = next(pieces, None)
+    for close in re.finditer(CODE_CLOSE, code):
+        while piece is not None and piece.end() <= close.start():
+            piece = next(pieces, None)
+        if piece is None or piece.start() > close.start():
+            return close.start()
+    return None
 
 
 def is_open(text: str) -> bool:

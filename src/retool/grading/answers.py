@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 
 # A backslash takes the next character with it, so that \{ and \} group nothing.
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+TAIL = 10_000
+"""Characters of a text in whose end an answer without a box is looked for."""
 _SAID = re.compile(r"\banswer\s*(?:is|are|:)\s*:?\s*(?P<answer>[^\n]+)", re.IGNORECASE)
 # What models and few-shot prompts write behind the answer.
-_CHATTER = re.compile(r"\s*(?:I hope it is correct\.?|<\|[^|]*\|>.*)", re.DOTALL)
+_CHATTER = re.compile(r"I hope it is correct\.?|<\|[a-z_]+\|>.*", re.DOTALL)
+MAX_GLUE = 60
+"""Characters between two boxes of one list."""
 _LIST_GLUE = re.compile(r"[\s$,;]*(?:\\(?:quad|qquad|,|;| |text\s*\{\s*(?:and|or)\s*\})|and|or|[\s$,;])*")
-_VALUE = re.compile(r"\$\$?\s*([^$]+?)\s*\$\$?|\\[(\[](.+?)\\[)\]]|-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_VALUE = re.compile(r"\$\$?([^$]+)\$\$?|\\[(\[](.+?)\\[)\]]|-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _MARKS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
@@ -45,9 +48,11 @@ def find_answer(text: str) -> str | None:
     boxed = last_boxes(text)
     if boxed:
         return boxed
-    tagged = _ANSWER_TAG.findall(text)
-    if tagged and tagged[-1].strip():
-        return str(tagged[-1].strip())
+    text = text[-TAIL:]
+    before, closed, _ = text.rpartition("</answer>")
+    tagged = before.rpartition("<answer>")[2].strip() if closed and "<answer>" in before else ""
+    if tagged:
+        return tagged
     text = _CHATTER.sub("", text)
     said = list(_SAID.finditer(text))
     statement = said[-1].group("answer").strip() if said else ""
@@ -64,7 +69,7 @@ def last_boxes(text: str) -> str | None:
     taken = [boxes[-1]]
     for box in reversed(boxes[:-1]):
         between = text[box[1] : taken[-1][0]].removesuffix("{").rstrip().removesuffix("\\boxed")
-        if box[1] > taken[-1][0] or not _LIST_GLUE.fullmatch(between):
+        if box[1] > taken[-1][0] or len(between) > MAX_GLUE or not _LIST_GLUE.fullmatch(between):
             break
         taken.append(box)
     return ", ".join(content for _, _, content in reversed(taken))

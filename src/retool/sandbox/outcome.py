@@ -70,7 +70,8 @@ class Run:
         """Descriptors that the loop reads for us."""
         self._look: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._overflowed = False
+        self._full: set[int] = set()
+        """Streams that were written more to than fits."""
         self._expired = False
         self._code: int | None = None
         self._exit: Packet | None = None
@@ -123,6 +124,8 @@ class Run:
 
     def _read(self, index: int) -> bool:
         """One chunk; False where there is nothing more to read for now."""
+        if index in self._full:
+            return False
         descriptor, buffer = self.child.outputs[index], self._buffers[index]
         room = self._limits.output_bytes - len(buffer)
         try:
@@ -138,15 +141,20 @@ class Run:
         buffer += chunk[:room]
         if len(chunk) <= room:
             return True
-        self._overflowed = True
-        self.stop()
-        self._kill_and_wait()
+        if not self._full:
+            self.stop()
+            self._kill_and_wait()
+        self._full.add(index)
         return False
 
+    @property
+    def _overflowed(self) -> bool:
+        return bool(self._full)
+
     def _read_rest(self) -> None:
-        """All that is in the pipes. What descendants may still write is not waited for."""
+        """All that is in the pipes and fits. What descendants may still write is not waited for."""
         for index in range(len(self._buffers)):
-            while not self._overflowed and self._read(index):
+            while self._read(index):
                 pass
 
     def _expire(self) -> None:
