@@ -53,6 +53,16 @@ def test_training_is_cleaned_and_an_evaluation_kept_out(tmp_path: Path) -> None:
     assert task.messages == prompt_messages("What is 0+0?")
 
 
+def test_columns_are_those_of_ones_own_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = write(tmp_path / "t.jsonl", [{"q": f"What is {n}+0?", "a": n} for n in (*range(4), 3)])
+    exam = write(tmp_path / "e.jsonl", [{"problem": "What?", "answer": "1"}])
+    columns = {"question": "q", "answer": "a"}
+    source = open_source(recipe(train=train, columns=columns, test="aime-2025", test_file=exam))
+    assert len(source.train_tasks(0, 3)) == 3
+    assert [task.id for task in source.eval_tasks("test", 9)] == ["aime-2025/0"]
+    assert "1 of 5 rows left out: 1 duplicate" in caplog.text
+
+
 def test_a_known_set_and_its_local_files(tmp_path: Path) -> None:
     row = {"question": "How many?", "answer": "<<1+1=2>>2 #### 2"}
     train = write(tmp_path / "train.jsonl", [row, {**row, "question": "And now?"}, {**row, "question": "Then?"}])

@@ -81,26 +81,27 @@ class Sets:
         config = self.config
         report = Report(config.train)
         wanted = Cleaning(chinese=config.chinese, against=config.against)
-        problems = load_problems(config.train, file=config.train_file, columns=config.columns)
+        problems = load_problems(config.train, file=config.train_file, columns=self._columns(config.train))
         tasks = [problem.task() for problem in clean(problems, wanted, report)]
         if report.dropped:
-            _log.info("%s: %d of %d rows: %s", config.train, report.kept, report.read, counts(report.dropped))
+            left_out = report.dropped.total()
+            _log.warning("%s: %d of %d rows left out: %s", config.train, left_out, report.read, counts(report.dropped))
         tasks = tasks[: config.train_size or len(tasks)]
         if len(tasks) < 2:
             raise DataError(f"data.train = {config.train!r}: fewer than two problems; give more")
         return tasks
+
+    def _columns(self, spec: str) -> dict[str, str]:
+        """The recipe's columns are those of files of one's own."""
+        return {} if spec in SETS else self.config.columns
 
     def train_tasks(self, step: int, count: int) -> list[Task]:
         tasks = self._training[: -_dev_count(len(self._training))]
         chosen: list[Task] = []
         for place in range(step * count, (step + 1) * count):
             epoch, index = divmod(place, len(tasks))
-            chosen.append(tasks[self._order(epoch, len(tasks))[index]])
+            chosen.append(tasks[_epoch_order(self.seed, epoch, len(tasks))[index]])
         return chosen
-
-    @lru_cache(maxsize=2)  # noqa: B019 - one source lives as long as its job
-    def _order(self, epoch: int, size: int) -> list[int]:
-        return random.Random(f"epoch/{self.seed}/{epoch}").sample(range(size), size)
 
     def eval_tasks(self, split: str, count: int) -> list[Task]:
         if split == "dev":
@@ -108,7 +109,7 @@ class Sets:
         config = self.config
         known = SETS.get(config.train)
         if config.test:
-            found = load_problems(config.test, file=config.test_file, columns=config.columns)
+            found = load_problems(config.test, file=config.test_file, columns=self._columns(config.test))
         elif known and "test" in known.splits:
             found = load_problems(config.train, file=config.test_file, split="test")
         elif config.test_file:
@@ -147,6 +148,12 @@ class Sets:
         if left_out:
             _log.warning("%s: %d rows left out: %s", config.train, left_out.total(), counts(left_out))
         return found
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
+    """The order of an epoch's tasks."""
+    return random.Random(f"epoch/{seed}/{epoch}").sample(range(size), size)
 
 
 def _dev_count(total: int) -> int:
