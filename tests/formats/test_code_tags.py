@@ -114,6 +114,16 @@ def test_several_calls_of_one_message_are_turns_of_their_own(fmt: CodeTagsFormat
     assert fmt.conversation_ids(together) == fmt.conversation_ids(apart)
 
 
+def test_a_prompt_may_hold_earlier_turns(fmt: CodeTagsFormat) -> None:
+    """Also where one message stands twice, as the very same object."""
+    call, result = assistant("I run.", "print(4)"), tool("4")
+    turns = [call, result, call, result]
+    whole, _ = fmt.conversation_ids([*HEAD, *turns, assistant("Four.")])
+    prompt = fmt.prompt_ids([*HEAD, *turns])
+    assert whole[: len(prompt)] == prompt
+    assert fmt.decode(whole[len(prompt) :]) == "Four."
+
+
 def test_tags_in_a_message_are_what_its_calls_are(fmt: CodeTagsFormat) -> None:
     """The published rows hold one string: it is taken apart, and what the environment wrote is not learnt."""
     code, printed = "print('</code>')\n", "</code>\n\n 2"

@@ -105,7 +105,7 @@ class CodeTagsFormat(ChatFormat):
                     yield self._output_ids([output]), 0
             if rest and results:
                 raise DataError("chat: a user message stands where the assistant's own message is not over")
-            if rest or message is messages[-1]:
+            if rest or not following:
                 yield [self.end_id], 1
             if rest:
                 yield self._environment_ids(rest), 0
