@@ -26,6 +26,7 @@ _SCIENTIFIC = re.compile(
 )
 _MIXED = re.compile(r"([+-]?)([0-9]+)\s*(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|\s([0-9]+)/([0-9]+))")
 _FRACTION = re.compile(r"([+-]?)\\frac\{([^{}]+)\}\{([^{}]+)\}|([^/]+)/([^/]+)")
+_REPEATING = re.compile(r"([+-]?)([0-9]+)\.([0-9]*)\\overline\{([0-9]+)\}")
 _IN_BASE = re.compile(r"([0-9A-Za-z]+)_\{?([0-9]{1,2})\}?")
 _CHOICE = re.compile(r"\(?([A-Ja-j])\)?[.):]?")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z '\-]*")
@@ -88,7 +89,7 @@ def _braced(part: str) -> str:
 
 def number(text: str) -> Fraction | None:
     """The exact value of a plain number: digits with or without thousands separators, sign, decimals, a power of ten, a
-    base (``204_5``), a mixed number, or a fraction of two plain numbers; None for anything else."""
+    base (``204_5``), repeating decimals, a mixed number, or a fraction of two plain numbers; None for anything else."""
     text = text.strip()
     if len(text) > MAX_CHARS:
         return None
@@ -105,11 +106,16 @@ def number(text: str) -> Fraction | None:
         return -upper / lower if sign == "-" else upper / lower
     if (scientific := _SCIENTIFIC.fullmatch(text)) is not None:
         return Fraction(scientific["digits"]) * Fraction(10) ** int(scientific["power"])
-    if (based := _IN_BASE.fullmatch(text)) is not None and based[1][0].isdigit():
+    if (based := _IN_BASE.fullmatch(text)) is not None and based[1][0].isdigit() and based[2].lstrip("0"):
         try:
             return Fraction(int(based[1], int(based[2])))
-        except ValueError:
+        except ValueError:  # a digit that the base does not have, or no base
             return None
+    if (repeating := _REPEATING.fullmatch(text)) is not None:
+        sign, whole, start, period = repeating.groups()
+        difference = int(whole + start + period) - int(whole + start)
+        value = Fraction(difference, (10 ** len(period) - 1) * 10 ** len(start))
+        return -value if sign == "-" else value
     match = _NUMBER.fullmatch(text)
     if not match or (match.group(2) is None and not match.group(3)):
         return None
@@ -139,7 +145,7 @@ def equivalent(prediction: str | None, truth: str, *, verifier: Verifier = SHARE
     our_number, their_number = number(ours), number(theirs)
     if our_number is not None and their_number is not None:
         return our_number == their_number
-    if ours == theirs:
+    if _tight(ours) == _tight(theirs):
         return True
     our_choice, their_choice = _CHOICE.fullmatch(_bare(ours)), _CHOICE.fullmatch(_bare(theirs))
     if our_choice and their_choice and (len(_bare(ours)) > 1 or len(_bare(theirs)) > 1):
@@ -154,6 +160,11 @@ def equivalent(prediction: str | None, truth: str, *, verifier: Verifier = SHARE
     if _RELATION.search(ours) and re.match(r"[\[(\\]", theirs):
         pairs.append((theirs, ours))  # math-verify reads an inequality as an interval on one side alone
     return any(verifier.same(first, second, plain=plain) for first, second in pairs)
+
+
+def _tight(text: str) -> str:
+    """Without white space beside signs and brackets; between two digits or two words it stays."""
+    return re.sub(r"\s*([^\w\s])\s*", r"\1", text)
 
 
 def _bare(text: str) -> str:
