@@ -385,6 +385,9 @@ def test_equal(prediction: str, truth: str) -> None:
         ("#72", "72"),
         (r"0.\overline{3}", "0.3"),
         (r"0.33\overline{4}", "1/3"),
+        ("12_0", "12"),
+        ("12_{00}", "12"),
+        ("129_5", "129"),
     ],
 )
 def test_not_equal(prediction: str | None, truth: str) -> None:

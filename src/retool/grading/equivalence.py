@@ -195,8 +195,8 @@ def _can_be_same(ours: str, theirs: str) -> bool:
             return False
         if not _says_only(first, second) or not _names_only(first, second):
             return False
-        if bool(_IN_BASE.fullmatch(first)) and not _IN_BASE.fullmatch(second) and number(second) is None:
-            return False
+        if bool(_IN_BASE.fullmatch(first)) != bool(_IN_BASE.fullmatch(second)):
+            return False  # it drops the base
         if any(len(digits) > MAX_DIGITS_OF_POWER for digits in _POWER.findall(first)):
             return False
         # A power of a power, a factorial of a factorial: no answer, but hours.
