@@ -206,6 +206,14 @@ from retool.grading.verifier import SHARED, Counts, Verifier
         (r"0.1\overline{6}", r"\frac16"),
         (r"-0.\overline{12}", r"-\frac{4}{33}"),
         (r"2.\overline{9}", "3"),
+        ("2(3)", "6"),
+        ("(2)(3)", "6"),
+        (r"3\frac12 x", r"\frac72x"),
+        (r"\frac{2}{2^{99}}", r"\frac{1}{2^{98}}"),
+        (r"\sin^2 x + \cos^2 x", "1"),
+        (r"\sqrt{3+2\sqrt{2}}", r"1+\sqrt{2}"),
+        ("f'(x)", "f'(x)"),
+        ("2X", "X+X"),
     ],
 )
 def test_equal(prediction: str, truth: str) -> None:
@@ -388,6 +396,17 @@ def test_equal(prediction: str, truth: str) -> None:
         ("12_0", "12"),
         ("12_{00}", "12"),
         ("129_5", "129"),
+        ("2(3)", "5"),
+        (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"),
+        (r"\sqrt{2}+10^{-20}", r"\sqrt{2}"),
+        ("10^{-30}", "10^{-31}"),
+        (r"\sqrt{2}\cdot 10^{-20}", r"\sqrt{3}\cdot10^{-20}"),
+        ("x^2+10^{-20}", "x^2"),
+        (r"1+\frac{1}{3^{50}}", r"1+\frac{1}{3^{51}}"),
+        (r"(1, 10^{-30})", r"(1, 10^{-31})"),
+        (r"\{1, 10^{-30}\}", r"\{1, 10^{-31}\}"),
+        ("2X", "2x"),
+        ("f'(x)", "f(x)"),
     ],
 )
 def test_not_equal(prediction: str | None, truth: str) -> None:

@@ -25,6 +25,7 @@ _SCIENTIFIC = re.compile(
     re.VERBOSE,
 )
 _MIXED = re.compile(r"([+-]?)([0-9]+)\s*(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|\s([0-9]+)/([0-9]+))")
+_MIXED_FACTOR = re.compile(r"(?<![\w^_.\\}])([0-9]+)\s*\\frac\{([0-9]+)\}\{([0-9]+)\}")
 _FRACTION = re.compile(r"([+-]?)\\frac\{([^{}]+)\}\{([^{}]+)\}|([^/]+)/([^/]+)")
 _REPEATING = re.compile(r"([+-]?)([0-9]+)\.([0-9]*)\\overline\{([0-9]+)\}")
 _IN_BASE = re.compile(r"([0-9A-Za-z]+)_\{?([0-9]{1,2})\}?")
@@ -151,10 +152,13 @@ def equivalent(prediction: str | None, truth: str, *, verifier: Verifier = SHARE
     if our_choice and their_choice and (len(_bare(ours)) > 1 or len(_bare(theirs)) > 1):
         return our_choice[1] == their_choice[1]
     our_words, their_words = _words(ours), _words(theirs)
+    if our_words is not None and our_words == their_words and re.search(r"[a-z]{3}", our_words):
+        return True
     if _is_prose(ours) or _is_prose(theirs):
         return our_words is not None and our_words == their_words
     if not _can_be_same(ours, theirs):
         return False
+    ours, theirs = _as_product(ours), _as_product(theirs)
     plain = (our_number is None) != (their_number is None)
     pairs = [(ours, theirs)]
     if _RELATION.search(ours) and re.match(r"[\[(\\]", theirs):
@@ -187,6 +191,8 @@ def _can_be_same(ours: str, theirs: str) -> bool:
     """Whether the form of the two lets them mean the same, and math-verify can be trusted to see what they mean."""
     if max(len(ours), len(theirs)) > MAX_CHARS:
         return False
+    if not _same_letters(ours, theirs):
+        return False
     for first, second in ((ours, theirs), (theirs, ours)):
         # It reads "1 2" as 1 + 2, and takes the left side of "72 ≈ 73" for the answer.
         if re.search(r"[0-9]\s+[0-9]", first) and "\\begin" not in first:
@@ -203,6 +209,20 @@ def _can_be_same(ours: str, theirs: str) -> bool:
         if re.search(r"(?:\^|\*\*)\s*(?:\{[^{}]*|\([^()]*|[^\s{}()]{1,2})(?:\^|\*\*)", first):
             return False
     return True
+
+
+def _as_product(text: str) -> str:
+    """With the products written out that math-verify's parser reads as sums: ``2(3)``, ``(2)(3)``, ``3\\frac12 x``."""
+    text = _MIXED_FACTOR.sub(r"(\1+\\frac{\2}{\3})", text)
+    return re.sub(r"\)\s*(?=\()", r")\\cdot ", re.sub(r"(?<![\w^_.\\}])([0-9]+)\s*(?=\()", r"\1\\cdot ", text))
+
+
+def _same_letters(ours: str, theirs: str) -> bool:
+    """Whether the two write their letters alike, and mark as many: to math-verify ``X`` is ``x``, and f' is f."""
+    marks = [len(re.findall(r"'|\\prime", text)) for text in (ours, theirs)]
+    letters = [set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", _TEXT.sub("", text)))) for text in (ours, theirs)]
+    folded = [{letter.lower() for letter in found} for found in letters]
+    return marks[0] == marks[1] and (letters[0] == letters[1] or folded[0] != folded[1])
 
 
 def _says_only(text: str, other: str) -> bool:
