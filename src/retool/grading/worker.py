@@ -79,8 +79,10 @@ def _differ(one: Any, other: Any) -> bool:
     """Whether two things that math-verify takes for the same are certainly not: it rounds, and to it 10^{-30} is
     10^{-31}. Expressions are compared at rational points with as many digits as it takes; the members of sets and
     tuples among each other; of anything else nothing is known."""
-    import sympy
+    import sympy  # type: ignore[import-untyped]
 
+    if one == other:
+        return False
     if isinstance(one, sympy.Expr) and isinstance(other, sympy.Expr):
         return _values_differ(one, other)
     if isinstance(one, sympy.Tuple) and isinstance(other, sympy.Tuple) and len(one) == len(other):
