@@ -72,6 +72,14 @@ def test_conversations_are_executed_again(tmp_path: Path, capsys: pytest.Capture
         (["data", "prepare", "FILE", "--out", "o.csv"], "ends in .parquet"),
         (["data", "prepare", "FILE", "--out", "o.parquet", "--column", "q"], "--column 'q': write FIELD=COLUMN"),
         (["data", "prepare", "FILE", "--out", "o.parquet", "--execute"], "are for conversations"),
+        (
+            ["data", "prepare", "retool-sft", "--file", "FILE", "--out", "o.parquet", "--no-chinese", "--limit", "2"],
+            "--no-chinese, --limit: for problems, and 'retool-sft' holds conversations",
+        ),
+        (
+            ["data", "prepare", "FILE", "--out", "o.parquet", "--column", "id=a", "--column", "id=b"],
+            "--column 'id=b': id has a column already",
+        ),
         (["data", "prepare", "FILE", "--out", "o.parquet", "--against", "no"], "data set 'no': unknown"),
         (["data", "prepare", "FILE", "--out", "o.parquet", "--ngram", "1"], "Invalid value for '--ngram'"),
         (["data", "show", "none.parquet"], "no such file"),
@@ -94,3 +102,10 @@ def test_a_mistake_is_one_line(
     shown = capsys.readouterr().err
     assert says in shown and shown.count("\n") == 1
     assert not list(tmp_path.glob("*.parquet"))
+
+
+def test_a_terminal_does_not_obey_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "a.jsonl", {"question": "A \x1b[2J\x1b]0;title\x07?\n\tB", "answer": "1\r2"})
+    assert main(["data", "show", source]) == 0
+    shown = capsys.readouterr().out
+    assert "[question] A \\x1b[2J\\x1b]0;title\\x07?\n\tB" in shown and "[answer] 1\\r2" in shown

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -169,10 +170,10 @@ def test_the_real_dapo_file(dapo: tuple[Report, Path], shared_data: Path) -> Non
     assert report.notes["rows equal to an earlier one to the byte"] == 627
     assert report.notes["questions equal to the byte with different answers"] == 11
     assert report.notes["contaminated rows, copies included, that share at least 80%"] == 11
-    assert report.dropped == {"duplicate": 1368, "conflicting answers": 44, "contaminated": 42}
+    assert report.dropped == {"duplicate": 1374, "conflicting answers": 44, "contaminated": 42}
     assert report.kept + report.dropped.total() == report.read
     kept = list(load_problems(str(out)))
-    assert len(kept) == report.kept == 16_463
+    assert len(kept) == report.kept == 16_457
     first = {p.id: p for p in load_problems("dapo-math-17k", file=str(shared_data / "dapo" / "dapo_math_17k.parquet"))}
     for found in kept:
         original = first[found.id]
@@ -247,3 +248,84 @@ def test_copies_take_no_memory() -> None:
         tracemalloc.stop()
         assert report.notes["rows with a wrapper around the question"] == 200 * times
     assert peaks[1] < 1.3 * peaks[0]
+
+
+def write_lines(path: Path, *found: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return str(path)
+
+
+def test_what_was_dropped_names_its_row(tmp_path: Path) -> None:
+    """Rows may have ids of their own, which say nothing of their place."""
+    pairs = [("", "1"), ("A?", "1"), ("B?", ""), ("a?", "1"), ("C?", "1"), ("C?", "2")]
+    rows = [{"question": q, "answer": a, "id": f"x{n}"} for n, (q, a) in enumerate(pairs)]
+    report = prepare(write_lines(tmp_path / "a.jsonl", *rows), tmp_path / "o.parquet")
+    assert [(r["id"], r["row"], r["reason"]) for r in report.rows] == [
+        ("x0", 0, "no question"), ("x2", 2, "no answer"), ("x1", 1, "duplicate"), ("x4", 4, "conflicting answers"),
+    ]  # fmt: skip
+
+
+def test_half_a_character_drops_its_row(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"question": "A \\ud800?", "answer": "1"}\n{"question": "B?", "answer": "2"}\n')
+    report = prepare(str(source), tmp_path / "o.parquet")
+    assert (report.kept, dict(report.dropped)) == (1, {"broken Unicode": 1})
+    (listed,) = map(json.loads, (tmp_path / "o.dropped.jsonl").read_text().splitlines())
+    assert (listed["id"], listed["row"]) == ("a/0", 0)
+
+
+@pytest.mark.parametrize("index", [2**63 - 1, -(2**63) + 1, 2**63, 10**30])
+def test_any_index_is_kept(index: int, tmp_path: Path) -> None:
+    row = {"question": "A?", "answer": "1", "extra_info": {"index": index}}
+    prepare(write_lines(tmp_path / "a.jsonl", row), tmp_path / "o.parquet")
+    (found,) = load_problems(str(tmp_path / "o.parquet"))
+    assert found.index == (index if abs(index) < 2**63 else str(index))
+
+
+def test_the_split_that_is_written_is_the_one_that_was_read(tmp_path: Path) -> None:
+    for name, split, expected in (("math-500", "", "test"), ("aime-2025", "", "train"), ("gsm8k", "test", "test")):
+        source = write_lines(tmp_path / "a.jsonl", {"problem": "A?", "question": "A?", "answer": "#### 1"})
+        prepare(name, tmp_path / "o.parquet", file=source, split=split)
+        (row,) = pq.read_table(tmp_path / "o.parquet").to_pylist()
+        assert row["extra_info"]["split"] == expected
+
+
+def test_an_evaluation_is_of_the_test_split(tmp_path: Path) -> None:
+    """Else training on gsm8k against gsm8k would leave nothing, and its test set would be learnt from."""
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    for split in ("train", "test"):
+        pq.write_table(
+            pa.table({"question": [f"What of the {split}?"], "answer": ["#### 1"]}), hub / f"{split}.parquet"
+        )
+    source = write_lines(
+        tmp_path / "a.jsonl", *({"question": f"What of the {s}?", "answer": "1"} for s in ("train", "test"))
+    )
+    report = prepare(source, tmp_path / "o.parquet", wanted=Cleaning(against=[f"gsm8k={hub}"]))
+    assert [(row["id"], row["evaluation"]) for row in report.rows] == [("a/1", "gsm8k/test/0")]
+
+
+@pytest.mark.parametrize(
+    "read", ["eval.parquet", "eval.report.json", "eval.dropped.jsonl", "against", "a folder with it"]
+)
+def test_what_is_read_is_not_written_over(read: str, tmp_path: Path) -> None:
+    rows = [{"question": "A?", "answer": "1"}, {"question": "A?", "answer": "1"}]
+    source = write_lines(tmp_path / "a.jsonl", *rows)
+    out = tmp_path / "in" / "eval.parquet"
+    prepare(source, out)
+    before = {path: path.read_bytes() for path in out.parent.iterdir()}
+    if read == "against":
+        spec, wanted = source, Cleaning(against=[str(out)])
+    else:
+        spec, wanted = str(out.parent if read == "a folder with it" else out.with_name(read)), Cleaning()
+    with pytest.raises(DataError, match="is the input itself; give another name") as caught:
+        prepare(spec, out, wanted=wanted)
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in out.parent.iterdir()} == before
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", {"question": "A?", "answer": "1"})
+    with pytest.raises(DataError, match=r"x\.parquet: cannot be written \(.*\); give another place") as caught:
+        prepare(source, Path("/proc/x.parquet"))
+    assert "\n" not in str(caught.value)

@@ -209,3 +209,56 @@ def test_a_cut_parquet_file_is_one_line(tmp_path: Path) -> None:
         list(rows(path))
     with pytest.raises(DataError, match="is a folder"):
         list(rows(tmp_path))
+
+
+def test_empty_cells_are_empty_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "A?", "answer": NaN}\n{"question": null, "answer": 2.0}\n')
+    assert [(p.question, p.answer) for p in load_problems(str(path))] == [("A?", ""), ("", "2")]
+
+
+def test_a_row_without_the_column_is_one_line(tmp_path: Path) -> None:
+    for name, other in (("question", "answer"), ("answer", "question")):
+        path = write_lines(tmp_path / "a.jsonl", [{"question": "A?", "answer": "1"}, {other: "?"}])
+        with pytest.raises(DataError, match=f"row 1: has no {name!r}, the column of the {name}; add it"):
+            list(load_problems(str(path)))
+
+
+def test_what_only_later_rows_have_is_read_as_through_the_hub(tmp_path: Path) -> None:
+    found = [{"question": "A?", "answer": "1"}, {"question": "B?", "answer": "2", "solution": "S", "id": "own"}]
+    (tmp_path / "hub").mkdir()
+    write_lines(tmp_path / "hub" / "train.jsonl", found)
+    loaded = list(load_problems(str(write_lines(tmp_path / "hub.jsonl", found))))
+    assert loaded == list(load_problems(str(tmp_path / "hub")))
+    assert [(p.id, p.solution) for p in loaded] == [("hub/0", ""), ("own", "S")]
+
+
+def test_a_file_is_not_what_it_is_called(tmp_path: Path) -> None:
+    """One's own gsm8k.jsonl may have plain answers."""
+    path = write_lines(tmp_path / "gsm8k.jsonl", [{"question": "A?", "answer": "42"}])
+    assert next(load_problems(str(path))).answer == "42"
+    with pytest.raises(DataError, match="has no '####'"):
+        list(load_problems("gsm8k", file=str(path)))
+
+
+def test_a_files_name_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    (tmp_path / "split=test").mkdir()
+    path = str(write_lines(tmp_path / "split=test" / "a.jsonl", [{"question": "A?", "answer": "1"}]))
+    assert split_spec(path) == (path, "")
+    assert split_spec(f"aime-2025={path}") == ("aime-2025", path)
+
+
+def test_a_clone_of_gsm8k_is_read_by_its_configuration(tmp_path: Path) -> None:
+    for config in ("main", "socratic"):
+        write_parquet(
+            tmp_path / "hub" / config / "train-0.parquet", [{"question": config, "answer": f"{config}\n#### 1"}]
+        )
+    (tmp_path / "hub" / "README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {c}\n  data_files:\n  - split: train\n    path: {c}/train-*\n"
+            for c in ("main", "socratic")
+        )
+        + "---\n"
+    )
+    assert [p.question for p in load_problems("gsm8k", file=str(tmp_path / "hub"))] == ["main"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,10 @@ def data_prepare(
     wanted = Cleaning(not no_chinese, keep_duplicates, against, ngram, min_share)
     known = SETS.get(name)
     if known and known.kind == "conversations":
+        given = {"--split": split, "--column": columns, "--no-chinese": no_chinese,
+                 "--keep-duplicates": keep_duplicates, "--limit": limit}  # fmt: skip
+        if unused := ", ".join(option for option, value in given.items() if value):
+            raise ConfigError(f"{unused}: for problems, and {name!r} holds conversations: leave out")
         report = _conversations(name, out, file, form, wanted, timeout if execute else None, progress)
     elif execute or form != "messages":
         raise ConfigError(f"--execute and --form are for conversations, and {name!r} holds problems: leave them out")
@@ -128,6 +133,8 @@ def parse_columns(pairs: tuple[str, ...]) -> dict[str, str]:
         field, equals, column = pair.partition("=")
         if not equals or not column:
             raise ConfigError(f"--column {pair!r}: write FIELD=COLUMN, e.g. question=problem")
+        if field.strip() in columns:
+            raise ConfigError(f"--column {pair!r}: {field.strip()} has a column already; give one for each field")
         columns[field.strip()] = column.strip()
     return columns
 
@@ -187,9 +194,13 @@ def data_show(file: Path, rows: int, first: int) -> None:
         raise DataError(f"{file}: has no row {first}; choose a smaller --first")
     for number, row in enumerate(found, start=first):
         click.echo(f"── row {number}" + (f", {row['id']}" if row.get("id") else ""))
-        click.echo("\n".join(_lines(row)))
+        click.echo(_CONTROL.sub(lambda found: repr(found.group())[1:-1], "\n".join(_lines(row))))
         click.echo()
     sys.stdout.flush()
+
+
+# What a terminal would obey instead of showing it.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def _lines(row: dict[str, Any]) -> list[str]:

@@ -15,11 +15,16 @@ _WRAPPER = re.compile(
     re.VERBOSE | re.DOTALL | re.IGNORECASE,
 )
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
-# Dollars, \( \), \[ \] delimit mathematics, spacing commands and sizes only set it; none says what the problem is.
-_SETTING = re.compile(r"""\\[()\[\],;:!\ ] | \\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z]) | [$~]""", re.VERBOSE)
+# Dollars, \( \), \[ \] delimit mathematics, thin spaces and sizes only set it; none says what the problem is.
+_SETTING = re.compile(r"""(?<!\\)\\[()\[\],!] | \\(?:left|right|displaystyle)(?![A-Za-z]) | [$]""", re.VERBOSE)
+_WIDE = re.compile(r"""(?<!\\)\\[;:\ ] | \\q?quad(?![A-Za-z]) | ~""", re.VERBOSE)
+# NFKC would make 25 of 2⁵.
+_RAISED = re.compile(r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+")
+_LOWERED = re.compile(r"[₀-₉₊₋]+")
 _FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _ONE_IN_BRACES = re.compile(r"\{([0-9A-Za-z])\}")
-_SPACE = re.compile(r"\s+")
+_SPACE = re.compile(r"(?<!\d) | (?!\d)")
+"""A space, but for one that parts two numbers."""
 
 
 def strip_wrapper(question: str) -> str:
@@ -36,8 +41,9 @@ def is_chinese(text: str) -> bool:
 def normalise(text: str) -> str:
     """The text less what two copies of a problem may differ in: case, white space, compatibility forms (NFKC), and how
     its mathematics is set. Digits, letters, operators and punctuation stay."""
-    text = unicodedata.normalize("NFKC", text)
-    text = _SPACE.sub("", _SETTING.sub("", _FRACTION.sub(r"\\frac", text)))
+    text = _LOWERED.sub(r"_{\g<0>}", _RAISED.sub(r"^{\g<0>}", text))
+    text = _FRACTION.sub(r"\\frac", unicodedata.normalize("NFKC", text))
+    text = _SPACE.sub("", " ".join(_WIDE.sub(" ", _SETTING.sub("", text)).split()))
     return _ONE_IN_BRACES.sub(r"\1", text).casefold()
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from retool.data.cleaning import fingerprint, is_chinese, strip_wrapper
 from retool.data.decontaminate import NGRAM, Index
 from retool.data.problem import Problem
-from retool.data.sets import load_problems, split_spec
+from retool.data.sets import SETS, load_problems, split_spec
 from retool.errors import DataError
 from retool.grading.equivalence import equivalent
 from retool.store import write_file
@@ -52,7 +52,8 @@ class Report:
     notes: dict[str, int] = field(default_factory=dict)
     """Further counts; each says what it counts."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """What was dropped, one entry a problem: ``reason``, ``id``, and what explains it."""
+    """What was dropped, one entry a problem: ``reason``, ``id`` and ``row`` (counted from 0) where it stands first, how
+    many ``rows`` where that is more than one, and what explains it."""
     seconds: float = 0.0
     peak_memory_mb: int = 0
 
@@ -84,8 +85,8 @@ class Cleaning:
 class _Copies:
     """The rows of one problem."""
 
-    def __init__(self, first: Problem) -> None:
-        self.first, self.rows = first, 0
+    def __init__(self, first: Problem, row: int) -> None:
+        self.first, self.row, self.rows = first, row, 0
         self.answers: list[str] = []
         self.chinese = is_chinese(first.question)
 
@@ -113,20 +114,23 @@ def clean(problems: Iterable[Problem], wanted: Cleaning, report: Report) -> list
     index = Index(evaluation_problems(wanted.against), wanted.ngram) if wanted.against else None
     found: dict[bytes, _Copies] = {}
     spellings: dict[bytes, _Spelling] = {}
-    for problem in problems:
+    for row, problem in enumerate(problems):
         report.read += 1
         own = report.read.to_bytes(8, "big") if wanted.duplicates else b""
         exact = own or hashlib.blake2b(problem.question.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if not problem.answer:
-            report.drop("no answer", problem.id)
+            report.drop("no answer", problem.id, row=row)
             continue
         spelling = spellings.get(exact)
         if spelling is None:
+            if not _is_text(problem):
+                report.drop("broken Unicode", problem.id, row=row)
+                continue
             bare = strip_wrapper(problem.question)
             if not bare:
-                report.drop("no question", problem.id)
+                report.drop("no question", problem.id, row=row)
                 continue
-            copies = found.setdefault(own or fingerprint(bare), _Copies(replace(problem, question=bare)))
+            copies = found.setdefault(own or fingerprint(bare), _Copies(replace(problem, question=bare), row))
             spelling = spellings[exact] = _Spelling(copies, bare != problem.question.strip())
         spelling.rows += 1
         spelling.answers.add(problem.answer)
@@ -137,6 +141,15 @@ def clean(problems: Iterable[Problem], wanted: Cleaning, report: Report) -> list
     report.kept = len(kept)
     report.notes |= _notes(found.values(), spellings.values())
     return kept
+
+
+def _is_text(problem: Problem) -> bool:
+    """JSON can spell half a character (``\\ud800``), which no file can hold."""
+    try:
+        "".join((problem.id, problem.question, problem.answer, problem.solution)).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _notes(found: Collection[_Copies], spellings: Collection[_Spelling]) -> dict[str, int]:
@@ -151,23 +164,30 @@ def _notes(found: Collection[_Copies], spellings: Collection[_Spelling]) -> dict
 
 
 def evaluation_problems(specs: Iterable[str]) -> Iterator[Problem]:
-    """The problems of evaluation sets, each ``SET`` or ``SET=FILE``."""
+    """The problems of evaluation sets, each ``SET`` or ``SET=FILE``: of the test split, where a set has one."""
     for spec in specs:
         name, file = split_spec(spec)
-        for problem in load_problems(name, file=file):
+        for problem in load_problems(name, file=file, split="test" if "test" in _splits(name) else ""):
             yield replace(problem, question=strip_wrapper(problem.question))
+
+
+def _splits(name: str) -> Collection[str]:
+    return SETS[name].splits if name in SETS else ()
 
 
 def _is_kept(copies: _Copies, index: Index | None, wanted: Cleaning, report: Report) -> bool:
     problem = copies.first
     if copies.chinese and not wanted.chinese:
-        report.drop("Chinese", problem.id, copies.rows)
+        report.drop("Chinese", problem.id, copies.rows, row=copies.row)
         return False
     if len(copies.answers) > 1:
-        report.drop("conflicting answers", problem.id, copies.rows, answers=copies.answers, question=problem.question)
+        report.drop(
+            "conflicting answers", problem.id, copies.rows,
+            row=copies.row, answers=copies.answers, question=problem.question,
+        )  # fmt: skip
         return False
     if copies.rows > 1:
-        report.drop("duplicate", problem.id, copies.rows - 1)
+        report.drop("duplicate", problem.id, copies.rows - 1, row=copies.row)
     match = index.match(problem.question) if index else None
     if match is None or match.share < wanted.share:
         return True
@@ -175,7 +195,7 @@ def _is_kept(copies: _Copies, index: Index | None, wanted: Cleaning, report: Rep
         note = f"contaminated rows, copies included, that share at least {least:.0%}"
         report.notes[note] = report.notes.get(note, 0) + (copies.rows if match.share >= least else 0)
     report.drop(
-        "contaminated", problem.id, 1,
+        "contaminated", problem.id, 1, row=copies.row,
         evaluation=match.id, kind=match.kind, share=round(match.share, 3), shared=match.text, question=problem.question,
     )  # fmt: skip
     return False
@@ -202,8 +222,9 @@ def prepare(
     """
     started = time.perf_counter()
     report = Report(spec)
-    check_out(out, file or spec)
-    kept = clean(load_problems(spec, file=file, columns=columns, split=split), wanted or Cleaning(), report)
+    wanted = wanted or Cleaning()
+    check_out(out, file or spec, *(file or name for name, file in map(split_spec, wanted.against)))
+    kept = clean(load_problems(spec, file=file, columns=columns, split=split), wanted, report)
     if limit and len(kept) > limit:
         report.dropped["over --limit"] = len(kept) - limit
         kept, report.kept = kept[:limit], limit
@@ -211,15 +232,15 @@ def prepare(
         raise DataError(
             f"{file or spec}: none of {report.read} rows is left ({dict(report.dropped)}); nothing is written"
         )
-    write_problems(out, kept, split or "train")
+    write_problems(out, kept, split or next(iter(_splits(spec)), "train"))
     report.seconds = round(time.perf_counter() - started, 2)
     report.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     write_report(out, report.to_json(), report.rows)
     return report
 
 
-def check_out(out: Path, source: str) -> None:
-    """Refuse an output that cannot be written, before anything is read.
+def check_out(out: Path, *sources: str) -> None:
+    """Refuse an output that cannot be written, or that would take the place of what is read, before anything is read.
 
     Raises:
         DataError: names the path and the mend.
@@ -228,12 +249,18 @@ def check_out(out: Path, source: str) -> None:
         raise DataError(f"--out {str(out)!r}: the output is Parquet; give a name that ends in .parquet")
     if out.is_dir():
         raise DataError(f"--out {str(out)!r} is a folder; give a file's name")
-    if Path(source).exists() and out.exists() and out.samefile(source):
-        raise DataError(f"--out {str(out)!r} is the input itself; give another name")
+    for source in filter(None, sources):
+        for written in (out, *(beside(out, ending) for ending in ENDINGS)):
+            if Path(source).exists() and written.exists() and written.resolve().is_relative_to(Path(source).resolve()):
+                raise DataError(f"--out {str(out)!r}: {str(written)!r} is the input itself; give another name")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"--out {str(out)!r}: {error.strerror or error}; give a place that can be written") from None
+
+
+ENDINGS = ("report.json", "dropped.jsonl")
+"""What stands beside the file."""
 
 
 def beside(out: Path, ending: str) -> Path:
@@ -242,13 +269,29 @@ def beside(out: Path, ending: str) -> Path:
 
 
 def write_report(out: Path, counts: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
-    write_file(beside(out, "report.json"), to_json(dict(counts), indent=2) + "\n")
-    write_file(beside(out, "dropped.jsonl"), "".join(to_json(dict(row)) + "\n" for row in rows))
+    """Write the counts and the rows that were dropped.
+
+    Raises:
+        DataError: a file cannot be written.
+    """
+    _write(beside(out, "report.json"), to_json(dict(counts), indent=2) + "\n")
+    _write(beside(out, "dropped.jsonl"), "".join(to_json(dict(row)) + "\n" for row in rows))
+
+
+def _write(path: Path, content: bytes | str) -> None:
+    try:
+        write_file(path, content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); give another place") from None
 
 
 def write_problems(out: Path, problems: Sequence[Problem], split: str) -> None:
-    """The file whole, or not at all; ``sets.load_problems`` reads it back to the same problems."""
-    named = any(isinstance(problem.index, str) for problem in problems)
+    """The file whole, or not at all; ``sets.load_problems`` reads it back to the same problems, but for their ``meta``.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    named = any(isinstance(p.index, str) or (p.index is not None and p.index.bit_length() > 63) for p in problems)
     rows = [
         {
             "data_source": problem.source,
@@ -267,4 +310,4 @@ def write_problems(out: Path, problems: Sequence[Problem], split: str) -> None:
     sink = io.BytesIO()
     schema = _schema(pa.string() if named else pa.int64())
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
-    write_file(out, sink.getvalue())
+    _write(out, sink.getvalue())

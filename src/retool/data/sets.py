@@ -75,7 +75,9 @@ _OWN_COLUMNS = {
 
 
 def split_spec(spec: str) -> tuple[str, str]:
-    """``SET=FILE`` as ``(SET, FILE)``; the file is empty where there is none."""
+    """``SET=FILE`` as ``(SET, FILE)``; the file is empty where there is none. A file's own name may hold the sign."""
+    if Path(spec).exists():
+        return spec, ""
     name, _, file = spec.partition("=")
     return name.strip(), file.strip()
 
@@ -100,7 +102,7 @@ def set_rows(spec: str, *, file: str = "", split: str = "") -> Iterator[Row]:
         return rows(place)
     hub_split = known.splits[split or next(iter(known.splits))] if known else split or "train"
     if place and Path(place).is_dir():
-        return hub_rows(place, hub_split)
+        return hub_rows(place, hub_split, known.config if known else "")
     if file or spec.endswith(FILES):
         raise DataError(f"{place}: no such file; give the path of a file ({', '.join(FILES)}) or of a folder")
     if known:
@@ -134,25 +136,33 @@ def load_problems(
     place = file or (known.hub if known else spec)
     source = spec if known else Path(spec).name.split(".")[0]
     prefix = f"{source}/{split or next(iter(known.splits))}" if known and len(known.splits) > 1 else source
-    layout: dict[str, tuple[str, ...]] = {}
+    # By what the set is, not by how a file is called; the hub's name may stand for the set's.
+    annotated = spec in ("gsm8k", SETS["gsm8k"].hub)
+    layout: _Layout = {}
     for number, row in enumerate(found):
         if not layout:
             layout = _layout(row, known, columns or {}, place)
-        yield _problem(row, layout, source, f"{prefix}/{number}", f"{place}, row {number}")
+        yield _problem(row, layout, source, f"{prefix}/{number}", f"{place}, row {number}", annotated)
 
 
-def _layout(row: Row, known: DataSet | None, columns: Mapping[str, str], place: str) -> dict[str, tuple[str, ...]]:
-    """Which column holds which field, decided by the first row."""
+_Layout = dict[str, list[tuple[str, ...]]]
+"""The columns that may hold a field, as paths: the first that a row has does."""
+
+
+def _layout(row: Row, known: DataSet | None, columns: Mapping[str, str], place: str) -> _Layout:
+    """Decided by the first row, but for fields that a row may lack: JSON Lines may bring them later."""
     prepared = {"prompt", "reward_model", "extra_info"} <= row.keys()
     tried = _OWN_COLUMNS | (dict(known.columns) if known else {})
     if prepared:
         tried |= {"question": ("prompt",), "answer": ("reward_model.ground_truth",)}
-    layout = {}
+    layout: _Layout = {}
     for name in FIELDS:
         choices = (columns[name],) if name in columns else tried.get(name, ())
         chosen = next((choice for choice in choices if _at(row, choice) is not _MISSING), None)
-        if chosen is not None:
-            layout[name] = tuple(chosen.split("."))
+        if chosen is not None and name in ("question", "answer"):
+            layout[name] = [tuple(chosen.split("."))]
+        elif chosen is not None or (name in ("solution", "id") and name not in columns):
+            layout[name] = [tuple(choice.split(".")) for choice in choices]
         elif name in ("question", "answer") or name in columns:
             wanted = f"the column {columns[name]!r}" if name in columns else f"a column for {name!r}"
             raise DataError(f"{place}: {wanted} is not there; it has {', '.join(row) or 'none'}; map it with a column")
@@ -170,11 +180,18 @@ def _at(row: Any, path: str | tuple[str, ...]) -> Any:
     return row
 
 
-def _problem(row: Row, layout: Mapping[str, tuple[str, ...]], source: str, id: str, where: str) -> Problem:
-    values = {name: _at(row, path) for name, path in layout.items()}
+def _value(row: Row, paths: list[tuple[str, ...]]) -> Any:
+    return next((value for path in paths if (value := _at(row, path)) is not _MISSING), _MISSING)
+
+
+def _problem(row: Row, layout: _Layout, source: str, id: str, where: str, annotated: bool) -> Problem:
+    values = {name: _at(row, paths[0]) if len(paths) == 1 else _value(row, paths) for name, paths in layout.items()}
+    for name in ("question", "answer"):
+        if values[name] is _MISSING:
+            raise DataError(f"{where}: has no {'.'.join(layout[name][0])!r}, the column of the {name}; add it")
     question = _question(values["question"], where)
     answer, solution = _text(values["answer"], f"{where}: 'answer'"), _optional(values.get("solution"))
-    if source == "gsm8k" and layout["answer"] == ("answer",):
+    if annotated and layout["answer"] == [("answer",)]:
         try:
             solution, answer = split_solution(answer)
         except UnfitError as error:
@@ -199,7 +216,9 @@ def _problem(row: Row, layout: Mapping[str, tuple[str, ...]], source: str, id: s
 def _question(value: Any, where: str) -> str:
     if isinstance(value, list):
         asked = [m.get("content") for m in value if isinstance(m, Mapping) and m.get("role") == "user"]
-        value = asked[-1] if asked else None
+        value = asked[-1] if asked else _MISSING
+    if value is None:
+        return ""
     if not isinstance(value, str):
         raise DataError(f"{where}: the question is no text and no chat with a user message; map another column")
     return value
@@ -209,7 +228,7 @@ def _text(value: Any, where: str) -> str:
     """A cell as text; a whole number in a column of floats is that number."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if value is None:
+    if value is None or value != value:  # NaN is how pandas writes an empty cell
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(f"{where} is a {type(value).__name__}, not text or a number; map another column")
