@@ -35,7 +35,7 @@ COMMANDS = {
     "data show": "file --rows --first",
     "cold-start": """name --out --teacher --model --key-env --file --against --ngram --min-share --split --column
         --limit --samples --concurrency --max-requests --max-total-tokens --max-tokens --temperature --timeout --retries
-        --timeout-code --sandbox-url --keep-textual --form --restart --json --quiet""",
+        --timeout-code --sandbox-url --keep-textual --form --stateful --restart --json --quiet""",
     "sandbox run": "file --timeout --memory-mb --json",
     "sandbox serve": """--host --port --token --workers --timeout --memory-mb --output-kb --file-mb --tier --max-queue
         --preload --drain --access-log --quiet""",

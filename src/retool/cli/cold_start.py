@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from retool.cli.common import QUIET
+from retool.cli.common import EXIT_NOT_IN_ORDER, QUIET
 from retool.cli.data import cleaning_options, parse_columns
-from retool.errors import ConfigError
 
 
 @click.command(name="cold-start")
@@ -28,8 +27,8 @@ from retool.errors import ConfigError
 @click.option("--limit", type=click.IntRange(0), default=0, help="Problems at most; 0: all.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Answers a problem.")
 @click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True, help="Requests at a time.")
-@click.option("--max-requests", type=click.IntRange(0), default=0, help="Budget, retries included; 0: none.")
-@click.option("--max-total-tokens", type=click.IntRange(0), default=0, help="Budget, prompts and answers; 0: none.")
+@click.option("--max-requests", type=click.IntRange(0), default=0, help="Budget, retries included; 0: no limit.")
+@click.option("--max-total-tokens", type=click.IntRange(0), default=0, help="Budget, prompts and answers; 0: no limit.")
 @click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Tokens of one answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True)
 @click.option(
@@ -50,18 +49,18 @@ from retool.errors import ConfigError
     show_default=True,
     help="With tool calls, or as one string with tags.",
 )
-@click.option("--restart", is_flag=True, help="Forget the answers that are there.")
+@click.option("--stateful", is_flag=True, help="Run an answer's programs in one interpreter (sandbox.stateful).")
+@click.option("--restart", is_flag=True, help="Set the answers that are there aside and ask anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @QUIET
 def cold_start(
     name: str, out: Path, url: str, model: str, key_env: str, as_json: bool, quiet: bool, **options: Any
-) -> None:
+) -> int:
     """Ask a teacher for solutions with code in them, check them, write them as conversations.
 
     SET is a name from 'retool data list', a file, or a hub name. The same command typed again goes on: no answer
     that is in OUT.journal.jsonl is asked for again.
     """
-    import asyncio
     import json
 
     from retool.data.cold_start.generate import Job, generate
@@ -70,17 +69,23 @@ def cold_start(
 
     progress = Progress(quiet=quiet or as_json)
     job: Job = _job(name, out, url, model, key_env, options)
-    report = asyncio.run(generate(job, progress))
+    report = generate(job, progress)
+    code = EXIT_NOT_IN_ORDER if report.given_up else 0
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
-        return
+        return code
     progress.table(f"{name} → {out}", ["", "count"], report.table())
-    if report.budget_spent:
+    for reason, said in report.said.items():
+        progress.line(f"{reason}: the teacher said, for one: {said}")
+    if report.given_up:
+        progress.line(f"The teacher gives no answers ({report.given_up}): the same command goes on when it does.")
+    elif report.budget_spent:
         progress.line("The budget is spent: the same command with a larger one goes on.")
     elif report.failed or report.undecided:
         progress.line("The same command asks again for what failed.")
     written = str(out) if report.kept else "Nothing is kept, so no Parquet file is written."
     progress.line(f"{written}  (to read: {beside(out, 'samples.md')}, the counts: {beside(out, 'report.json')})")
+    return code
 
 
 def _job(name: str, out: Path, url: str, model: str, key_env: str, options: dict[str, Any]) -> Any:
@@ -91,11 +96,12 @@ def _job(name: str, out: Path, url: str, model: str, key_env: str, options: dict
     from retool.data.cold_start.teacher import TeacherConfig
     from retool.data.prepare import Cleaning
 
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"--teacher {url!r}: give an address like http://127.0.0.1:8000/v1")
-    sandbox = make_recipe({"sandbox": {"timeout_s": options["timeout_code"], "url": options["sandbox_url"]}}).sandbox
+    limits = {"timeout_s": options["timeout_code"], "url": options["sandbox_url"], "stateful": options["stateful"]}
+    if limits["url"]:
+        limits["token"] = os.environ.get("RETOOL_SANDBOX_TOKEN", "")
+    sandbox = make_recipe({"sandbox": limits}).sandbox
     teacher = TeacherConfig(
-        url, model, os.environ.get(key_env, ""),
+        url, model, os.environ.get(key_env, "").strip(),
         options["temperature"], options["max_tokens"], options["timeout"], options["retries"],
     )  # fmt: skip
     cleaning = Cleaning(against=options["against"], ngram=options["ngram"], share=options["min_share"])

@@ -27,6 +27,10 @@ class Say:
     delay_s: float = 0.0
     raw: bytes | None = None
     """Sent as it is instead of a completion."""
+    drip_s: float = 0.0
+    """Not 0: ``raw`` is sent a byte at a time, with such pauses."""
+    usage: bool = True
+    """Whether the completion counts its tokens."""
     reset: bool = False
     """Close the connection instead."""
 
@@ -46,11 +50,20 @@ class ScriptedTeacher:
         self.authorizations: set[str] = set()
         self.bodies: list[dict[str, Any]] = []
         self.url = ""
+        self.refuses = ""
+        """A field of the body that is not supported."""
+        self.models: set[str] = set()
+        """Those that are served; empty: any."""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
         self.authorizations.add(request.headers.get("Authorization", ""))
+        if self.refuses in body:
+            said = f"Unsupported parameter: '{self.refuses}'. Use 'max_completion_tokens' instead."
+            return web.json_response({"error": {"message": said}}, status=400)
+        if self.models and body["model"] not in self.models:
+            return web.json_response({"error": {"message": f"no model {body['model']}"}}, status=404)
         question = self.questions.get(body["messages"][-1]["content"], "?")
         before = self.asked[question]
         self.asked[question] += 1
@@ -62,6 +75,8 @@ class ScriptedTeacher:
             if said.reset:
                 assert request.transport is not None
                 request.transport.abort()
+            if said.raw is not None and said.drip_s:
+                return await drip(request, said)
             if said.raw is not None:
                 return web.Response(body=said.raw, content_type="application/json")
             if said.status != 200:
@@ -75,12 +90,21 @@ class ScriptedTeacher:
             self.running -= 1
 
 
+async def drip(request: web.Request, said: Say) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    await response.prepare(request)
+    for byte in said.raw or b"":
+        await response.write(bytes([byte]))
+        await asyncio.sleep(said.drip_s)
+    return response
+
+
 def completion(said: Say) -> dict[str, Any]:
     message = {"role": "assistant", "content": said.text}
     return {
         "id": "c", "object": "chat.completion", "created": 0, "model": "m",
         "choices": [{"index": 0, "message": message, "finish_reason": said.finish}],
-        "usage": {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150},
+        **({"usage": {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}} if said.usage else {}),
     }  # fmt: skip
 
 

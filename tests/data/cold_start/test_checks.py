@@ -5,12 +5,22 @@ import asyncio
 import pytest
 from fakes import ScriptedSandbox
 
-from retool.data.cold_start.checks import RejectedError, UndecidedError, check_programs, check_text, unwrap
-from retool.data.cold_start.prompt import REWRITE, SOLVE, SYSTEM, messages_for
+from retool.config import SandboxConfig
+from retool.data.cold_start.checks import (
+    Checked,
+    RejectedError,
+    UndecidedError,
+    check_programs,
+    check_text,
+    unwrap,
+    without_thoughts,
+)
+from retool.data.cold_start.prompt import REWRITE, SOLVE, messages_for
 from retool.data.cold_start.report import imports
 from retool.data.problem import Problem
 from retool.formats import tags
 from retool.formats.tags import join, write_answer, write_code, write_output
+from retool.sandbox.choose import open_sandbox
 from retool.types import ExecutionResult, ExecutionStatus
 
 CODE, ANSWER = write_code("print(40 + 2)"), write_answer(r"\boxed{42}")
@@ -22,6 +32,7 @@ GOOD = join("I add.", CODE, write_output("42"), "So it is 42.", ANSWER)
     [
         GOOD,
         f"<think>\nLet me see <code>.\n</think>\n\n{GOOD}",
+        f"The template opened it; a draft: <answer>7</answer>\n</think>\n\n{GOOD}",
         f"```\n{GOOD}\n```",
         f"```markdown\n{GOOD}\n```\n",
         f"  {GOOD}\n",
@@ -44,12 +55,24 @@ def test_an_answer_is_taken_out_of_its_wrapping(text: str) -> None:
         (join(CODE, write_output("42"), write_answer("42")), "stop", "answer: no box"),
         (join(CODE, write_output("42"), write_answer(r"\boxed{43}")), "stop", "answer: wrong"),
         (join(CODE, write_output("42"), write_answer(r"\boxed{42 or 43}")), "stop", "answer: wrong"),
+        (GOOD.replace("I add.", "I \ud800 add."), "stop", "format: half of a surrogate pair"),
     ],
 )
 def test_what_is_rejected_has_a_reason(text: str, finish: str, reason: str) -> None:
     with pytest.raises(RejectedError) as found:
         check_text(text, finish, "42")
     assert str(found.value) == reason
+
+
+def test_what_stands_after_the_answer_is_left_out() -> None:
+    blocks = check_text(f"{GOOD}\n\nTell me if you need more.", "stop", "42")
+    assert "".join(block.raw for block in blocks) == GOOD
+
+
+def test_thoughts_are_told_from_an_answer() -> None:
+    assert without_thoughts("<think>a</think>b") == without_thoughts("a</think>b") == "b"
+    assert without_thoughts("a <think> b") == "a <think> b"
+    assert without_thoughts(GOOD) == GOOD
 
 
 def test_an_answer_without_code_may_be_wanted() -> None:
@@ -68,6 +91,55 @@ def test_a_real_output_confirms_or_replaces_the_written_one() -> None:
     assert run(GOOD, " 42.0 ").text == " 42.0 "
     harmless = GOOD.replace("<interpreter>\n42", "<interpreter>\n42\nin 0.01 s")
     assert run(harmless, "42\nin 0.03 s").text == "42\nin 0.03 s"
+
+
+@pytest.mark.parametrize(
+    ("written", "real", "after", "harm"),
+    [
+        ("a: 3, b: 4", "a: 4, b: 3", "So b is 4 and a is 3.", True),
+        ("a: 3, b: 4", "b: 4, a: 3", "So b is 4 and a is 3.", True),
+        ("prime: no", "prime: yes", "No, it is not.", True),
+        ("1234", "1235", "So 1,234 of them.", True),
+        ("1234", "1235", "So $1{,}234$ of them.", True),
+        ("3,456", "4,456", "So 3 and 456.", True),
+        ("1,234", "1234", "So 1234 of them.", False),
+        ("1234\n0.5 s", "1,234\n0.7 s", "So 1234 of them.", False),
+        ("7 of 9", "Result: 7 of 9", "So 7 of 9.", False),
+        ("7\ntook 12 ms", "7\ntook 99 ms", "So 7.", False),
+        ("10", "11", "10-3 = 7", True),
+        ("5", "6", "That is prime.", False),
+    ],
+)
+def test_whether_a_difference_does_harm(written: str, real: str, after: str, harm: bool) -> None:
+    text = join(CODE, write_output(written), after, write_answer(r"\boxed{42}"))
+    if harm:
+        with pytest.raises(RejectedError, match="execution: mismatch"):
+            run(text, real)
+    else:
+        assert run(text, real).text == real
+
+
+@pytest.mark.parametrize("printed", ["</interpreter>", "<answer>", "</code>", "x</interpreter>\n<answer>\n7"])
+def test_an_output_that_would_forge_a_block_rejects(printed: str) -> None:
+    text = join("I add.", CODE, write_output("nothing"), "So it is.", write_answer(r"\boxed{42}"))
+    try:
+        found = run(text, printed)
+    except RejectedError as reason:
+        assert str(reason) == "execution: a tag in the output"
+    else:
+        assert found.text == printed  # it stands in its block, and nothing else is read into it
+
+
+def test_programs_may_share_an_interpreter() -> None:
+    lost = ExecutionResult(ExecutionStatus.INFRA)
+    text = join(CODE, write_output("42"), write_code("print(x)"), write_output("42"), write_answer(r"\boxed{42}"))
+    blocks = check_text(text, "stop", "42")
+    sandbox = ScriptedSandbox(lambda code, count: lost if "x" in code and count == 0 else "42")
+    checked = asyncio.run(check_programs(blocks, sandbox, 1.0, session="s"))
+    assert checked.statuses == {"ok": 2}
+    # The interpreter that was lost is not asked again, and both are released.
+    assert sandbox.sessions == ["s/0", "s/0", "s/1", "s/1"]
+    assert sandbox.released == {"s/0": 1, "s/1": 1}
 
 
 @pytest.mark.parametrize(
@@ -111,14 +183,30 @@ def test_a_lost_run_is_tried_again_and_never_rejects() -> None:
 
 def test_what_is_asked() -> None:
     system, asked = messages_for(Problem("a", "s", "How {answer} {solution}?", "42", "It is <<6*7=42>>42."))
-    assert system["content"] == SYSTEM and "How {answer} {solution}?" in asked["content"]
+    assert "How {answer} {solution}?" in asked["content"]
     assert "It is 42." in asked["content"] and "with the answer 42" in asked["content"]
     bare = messages_for(Problem("a", "s", "How?", "42"))[1]["content"]
     assert "42" not in bare and bare.startswith("Problem:\nHow?")
     assert SOLVE.count("{question}") == REWRITE.count("{question}") == 1
-    # The prompt's own example keeps the grammar that it asks for.
-    example = SYSTEM[SYSTEM.index("<code>") : SYSTEM.index("Rules:")] + SYSTEM[SYSTEM.rindex("<answer>\n") :]
-    assert check_text(example.partition("\n\nWrite the example")[0], "stop", "391")
+    assert "complete by itself" in system["content"] and "{" not in system["content"].replace("boxed{", "")
+    shared = messages_for(Problem("a", "s", "How?", "42"), stateful=True)[0]["content"]
+    assert "one interpreter" in shared and "complete by itself" not in shared
+
+
+def test_the_prompts_own_examples_pass_the_checks() -> None:
+    system = messages_for(Problem("a", "s", "How?", "42"))[0]["content"]
+    shown = system[system.index("<code>") : system.index("Rules:")] + write_answer(r"\boxed{391}")
+    whole = system[system.rindex("A multiple of 15") :]
+
+    async def run() -> list[Checked]:
+        sandbox = await open_sandbox(SandboxConfig(timeout_s=5, preload=["math"], workers=1))
+        try:
+            texts = {shown: "391", whole: "401"}
+            return [await check_programs(check_text(t, "stop", truth), sandbox, 5.0) for t, truth in texts.items()]
+        finally:
+            await sandbox.close()
+
+    assert [checked.text for checked in asyncio.run(run())] == [shown, whole]
 
 
 def test_imports_of_a_program() -> None:

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Say, Script, serving
+from scripted import Say, serving
 
 from retool.config import SandboxConfig
-from retool.data import gsm8k
 from retool.data.cold_start.generate import Job, generate
 from retool.data.cold_start.report import ColdStartReport
 from retool.data.cold_start.teacher import TeacherConfig
-from retool.data.conversations import read_conversations, with_answer_tags
+from retool.data.conversations import read_conversations
 from retool.data.prepare import Cleaning
 from retool.data.problem import Problem
-from retool.data.retool_sft import to_text
 from retool.data.sets import load_problems
 from retool.errors import ConfigError
 from retool.formats.tags import join, write_answer, write_code, write_output
 from retool.progress import Progress
-from tests.fakes import hear_ctrl_c
+from tests.sandbox.served import ServedFake, done, infra_result, service
 
 QUIET = Progress(quiet=True)
 QUICK = SandboxConfig(timeout_s=5, preload=["math"], workers=4)
@@ -55,7 +51,7 @@ def run(path: Path, url: str, out: Path, **options: Any) -> ColdStartReport:
         max_tokens=options.pop("max_tokens", 4096),
     )  # fmt: skip
     job = Job(str(path), out, teacher, sandbox=QUICK, **options)
-    return asyncio.run(generate(job, QUIET))
+    return generate(job, QUIET)
 
 
 def number_of(question: str) -> int:
@@ -95,7 +91,8 @@ def test_good_bad_slow_and_failing_answers(tmp_path: Path) -> None:
         "truncated": 1, "answer: wrong": 1, "format: no answer": 1, "execution: mismatch": 1, "execution: error": 1,
         "empty": 1,
     }  # fmt: skip
-    assert dict(report.failed) == {"HTTP 400: no such thing": 1, "HTTP 503": 1}
+    assert dict(report.failed) == {"HTTP 400": 1, "HTTP 503": 1}
+    assert report.said == {"HTTP 400": "no such thing", "HTTP 503": "oh"}
     assert (report.wanted, report.answered, report.left) == (16, 14, 2)
     asked = [teacher.asked[p.question] for p in problems]
     assert asked == [1, 1, 2, 3, 2, 2, 2, 1, 1, 1, 1, 4, 1, 1, 1, 2]
@@ -208,7 +205,7 @@ def test_duplicates_and_evaluation_problems_are_not_asked_about(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("said", "says"),
     [
-        (Say("bad key", status=401), "refuses the key .401.; set it as --key-env says"),
+        (Say("bad key", status=401), "wants a key, and none is set .401.; set it in the variable of --key-env"),
         (Say("no model m", status=404), "--model 'm': .* answers 404 .*no model m"),
     ],
 )
@@ -234,115 +231,165 @@ def test_answers_to_different_questions_are_not_mixed(tmp_path: Path) -> None:
         run(path, teacher.url, out)
         job = Job(str(path), out, TeacherConfig(teacher.url, "other"), sandbox=QUICK)
         with pytest.raises(ConfigError, match=r"--model = 'other': .* was begun with 'm'; give that, another --out"):
-            asyncio.run(generate(job, QUIET))
-        assert asyncio.run(generate(replace(job, restart=True), QUIET)).kept == 2
+            generate(job, QUIET)
+        assert generate(replace(job, restart=True), QUIET).kept == 2
         assert set(teacher.asked.values()) == {2}
+
+
+def rewrite(path: Path, *rows: dict[str, str]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_an_answer_serves_the_problem_that_was_asked_alone(tmp_path: Path) -> None:
+    """Another file may give the same id to another problem; the first one's answers are kept for it."""
+    problems, path = made(2, tmp_path)
+    before = path.read_text()
+    other = [{"question": f"What is {n} plus 0, said otherwise?", "answer": str(n)} for n in range(2)]
+    with serving(lambda q, _: Say(good(str(number_of(q)))), [*problems, *(
+        Problem("", "", row["question"], row["answer"]) for row in other
+    )]) as teacher:  # fmt: skip
+        out = tmp_path / "o.parquet"
+        assert run(path, teacher.url, out).requests == 2
+        rewrite(path, *other)
+        assert run(path, teacher.url, out).requests == 4
+        assert "otherwise" in next(read_conversations(out)).messages[1]["content"]
+        path.write_text(before)
+        again = run(path, teacher.url, out)
+        assert again.requests == 4 and again.kept == 2
+        assert set(teacher.asked.values()) == {1}
+        assert "problem 0" in next(read_conversations(out)).messages[1]["content"]
+
+
+def test_another_truth_is_another_verdict_without_another_question(tmp_path: Path) -> None:
+    problems, path = made(2, tmp_path)
+    out = tmp_path / "o.parquet"
+    with serving(lambda q, _: Say(good(str(number_of(q)))), problems) as teacher:
+        assert run(path, teacher.url, out).kept == 2
+        rewrite(
+            path, {"question": problems[0].question, "answer": "0"}, {"question": problems[1].question, "answer": "7"}
+        )
+        report = run(path, teacher.url, out)
+        assert (report.kept, dict(report.rejected), report.requests) == (1, {"answer: wrong": 1}, 2)
+
+
+def test_checks_with_other_settings_are_made_again(tmp_path: Path) -> None:
+    problems, path = made(2, tmp_path)
+    out = tmp_path / "o.parquet"
+    textual = join("It is nothing.", write_answer(r"\boxed{0}"))
+
+    def script(question: str, before: int) -> Say:
+        return Say(textual if number_of(question) == 0 else good("1"))
+
+    with serving(script, problems) as teacher:
+        first = run(path, teacher.url, out)
+        assert (first.kept, dict(first.rejected)) == (1, {"format: no code": 1})
+        assert run(path, teacher.url, out, textual=True).kept == 2
+        assert run(path, teacher.url, out).kept == 1
+        assert set(teacher.asked.values()) == {1}
+
+
+def test_what_is_complete_needs_no_teacher(tmp_path: Path) -> None:
+    problems, path = made(2, tmp_path)
+    out = tmp_path / "o.parquet"
+    with serving(lambda q, _: Say(good(str(number_of(q)))), problems) as teacher:
+        run(path, teacher.url, out)
+    whole = out.read_bytes()
+    out.unlink()
+    report = run(path, "http://127.0.0.1:9/v1", out, form="messages")
+    assert report.kept == 2 and out.read_bytes() == whole
+
+
+def test_verdicts_that_are_lost_are_made_again(tmp_path: Path) -> None:
+    problems, path = made(3, tmp_path)
+    out = tmp_path / "o.parquet"
+    with serving(lambda q, _: Say(good(str(number_of(q)))), problems) as teacher:
+        run(path, teacher.url, out)
+        for content in (b"", b"PAR1\n", (tmp_path / "o.checked.jsonl").read_bytes()[:-9]):
+            (tmp_path / "o.checked.jsonl").write_bytes(content)
+            assert run(path, teacher.url, out).kept == 3
+        assert set(teacher.asked.values()) == {1}
+
+
+def test_rows_of_an_earlier_run_do_not_stay_when_none_is_kept(tmp_path: Path) -> None:
+    problems, path = made(1, tmp_path)
+    out = tmp_path / "o.parquet"
+    with serving(lambda q, n: Say(good("0") if n == 0 else "no"), problems) as teacher:
+        assert run(path, teacher.url, out).kept == 1 and out.exists()
+        assert run(path, teacher.url, out, restart=True).kept == 0 and not out.exists()
+        # What was paid for is set aside, not lost.
+        assert "I add." in (tmp_path / "o.journal.old.jsonl").read_text()
+
+
+def test_thoughts_are_counted(tmp_path: Path) -> None:
+    problems, path = made(2, tmp_path)
+    thought = "<think>\nHm: <answer>7</answer>\n</think>\n\n"
+    with serving(lambda q, n: Say(("" if number_of(q) else thought) + good(str(number_of(q)))), problems) as teacher:
+        report = run(path, teacher.url, tmp_path / "o.parquet")
+    assert report.kept == 2 and report.thoughts == 1
+    assert "Hm" not in str(next(read_conversations(tmp_path / "o.parquet")).messages)
+
+
+@pytest.mark.parametrize(("stateful", "kept"), [(True, 2), (False, 0)])
+def test_the_programs_of_an_answer_may_share_an_interpreter(tmp_path: Path, stateful: bool, kept: int) -> None:
+    problems, path = made(2, tmp_path)
+
+    def script(question: str, before: int) -> Say:
+        n = number_of(question)
+        return Say(join("I set.", write_code(f"x = {n}\nprint(x)"), write_output(str(n)), "I double.",
+                        write_code("print(x + 0)"), write_output(str(n)), write_answer(rf"\boxed{{{n}}}")))  # fmt: skip
+
+    with serving(script, problems) as teacher:
+        job = Job(str(path), tmp_path / "o.parquet", TeacherConfig(teacher.url, "m"))
+        job = replace(job, sandbox=QUICK.model_copy(update={"stateful": stateful}))
+        report = generate(job, QUIET)
+        assert report.kept == kept and report.rejected["execution: error"] == 2 - kept
+        assert ("one interpreter" in str(teacher.bodies[0])) is stateful
+
+
+def test_a_sandbox_that_fails_rejects_nothing(tmp_path: Path) -> None:
+    problems, path = made(2, tmp_path)
+    out = tmp_path / "o.parquet"
+    lost = True
+    fake = ServedFake(lambda request: infra_result("lost") if lost else done(request.code[6:].split()[0] + "\n"))
+    with serving(lambda q, _: Say(good(str(number_of(q)))), problems) as teacher, served(fake) as url:
+        limits = SandboxConfig(url=url, timeout_s=5, retries=0)
+        job = Job(str(path), out, TeacherConfig(teacher.url, "m"), sandbox=limits)
+        first = generate(job, QUIET)
+        assert (first.answered, first.undecided, first.kept, dict(first.rejected)) == (2, 2, 0, {})
+        lost = False
+        second = generate(job, QUIET)
+        assert (second.undecided, second.kept, second.requests) == (0, 2, 2)
+
+
+@contextmanager
+def served(fake: ServedFake) -> Iterator[str]:
+    """A scripted sandbox behind the real service, in a thread of its own."""
+    ready: queue.Queue[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = queue.Queue()
+
+    async def serve() -> None:
+        async with service(fake) as asker:
+            stop = asyncio.Event()
+            ready.put((asker.url, asyncio.get_running_loop(), stop))
+            await stop.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    fake.go = asyncio.Event()
+    thread.start()
+    url, loop, stop = ready.get(timeout=30)
+    try:
+        yield url
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
 
 
 def test_the_key_is_sent_and_nowhere_else(tmp_path: Path) -> None:
     problems, path = made(1, tmp_path)
     with serving(lambda q, _: Say(good("0")), problems) as teacher:
         job = Job(str(path), tmp_path / "o.parquet", TeacherConfig(teacher.url, "m", key="s3cret"), sandbox=QUICK)
-        asyncio.run(generate(job, QUIET))
+        generate(job, QUIET)
         assert teacher.authorizations == {"Bearer s3cret"}
         (body,) = teacher.bodies
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.7, 4096)
     for written in tmp_path.iterdir():
         assert b"s3cret" not in written.read_bytes()
-
-
-# Two hundred problems of GSM8K
-
-
-def lessons(shared_data: Path, folder: Path) -> tuple[list[Problem], dict[str, str], Path]:
-    """The first 200 problems whose annotated solutions give a program, and a right answer with tags for each."""
-    file = str(shared_data / "math" / "gsm8k_train.jsonl")
-    problems = list(load_problems("gsm8k", file=file))[:260]
-    by_id = {problem.id: problem for problem in problems}
-    conversations = gsm8k.convert(problems)[0][:200]
-    chosen = [by_id[c.id] for c in conversations]
-    texts = {p.question: to_text(with_answer_tags(c).messages[2:]) for p, c in zip(chosen, conversations, strict=True)}
-    path = folder / "chosen.jsonl"
-    rows = [{"question": p.question, "answer": p.answer, "solution": p.solution} for p in chosen]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return chosen, texts, path
-
-
-def scripted(chosen: list[Problem], texts: dict[str, str]) -> tuple[Script, dict[str, int]]:
-    """Tenths: a reaction for each number modulo 10, and the counts that must come of them."""
-    place = {p.question: n for n, p in enumerate(chosen)}
-
-    def script(question: str, before: int) -> Say:
-        right = texts[question]
-        printed = right[right.index("<interpreter>\n") + len("<interpreter>\n") : right.index("\n</interpreter>")]
-        return {
-            0: Say(right[: right.rindex("\\boxed{")] + "\\boxed{-77}\n</answer>"),
-            1: Say(right.replace("</code>", "", 1)),
-            2: Say("In the head.\n\n" + right[right.index("<answer>") :]),
-            3: Say(right.replace(f"\n{printed}\n", "\n987654\n", 1).replace("<answer>", "So 987654.\n<answer>")),
-            4: Say(right.replace(f"\n{printed}\n", f"\n{printed}\ntook 31337 ns\n", 1)),
-            5: Say(right.replace("```python\n", "```python\nimport no_such_module_at_all\n", 1)),
-            6: Say(right, finish="length"),
-            7: Say("busy", status=429, headers={"Retry-After": "0.01"}) if before == 0 else Say(right),
-            8: Say("oh", status=500) if before == 0 else Say(right),
-            9: Say(right, delay_s=0.02),
-        }[place[question] % 10]
-
-    rejected = {"answer: wrong": 20, "format: unclosed <code>": 20, "format: no code": 20, "execution: mismatch": 20,
-                "execution: error": 20, "truncated": 20}  # fmt: skip
-    return script, rejected
-
-
-def test_two_hundred_problems_are_counted_as_scripted(shared_data: Path, tmp_path: Path) -> None:
-    chosen, texts, path = lessons(shared_data, tmp_path)
-    script, rejected = scripted(chosen, texts)
-    with serving(script, chosen) as teacher:
-        report = run(path, teacher.url, tmp_path / "o.parquet")
-    assert dict(report.rejected) == rejected
-    assert report.kept == 80 and report.answered == 200 and not report.failed
-    assert report.code["outputs replaced"] == 20
-    assert report.requests == 240
-    for conversation in read_conversations(tmp_path / "o.parquet"):
-        question = conversation.messages[1]["content"]
-        assert to_text(conversation.messages[2:]).partition("took")[0].startswith(texts[question][:40])
-
-
-def test_killed_at_random_moments_it_asks_for_nothing_twice_and_loses_nothing(
-    shared_data: Path, tmp_path: Path
-) -> None:
-    """SIGKILL, again and again. Whatever answer reached the journal is never asked for again; of the requests that were
-    under way at a kill the server cannot know whether they arrived, and those alone may be sent once more."""
-    chosen, texts, path = lessons(shared_data, tmp_path)
-    journal = tmp_path / "o.journal.jsonl"
-    concurrency, kills = 8, 0
-    rng = random.Random(time.time_ns())
-    with serving(lambda q, _: Say(texts[q], delay_s=0.03), chosen) as teacher:
-        command = [
-            sys.executable, "-m", "retool.cli", "cold-start", str(path), "--out", str(tmp_path / "o.parquet"),
-            "--teacher", teacher.url, "--model", "m", "--concurrency", str(concurrency), "--timeout-code", "5", "-q",
-        ]  # fmt: skip
-        while True:
-            before = dict(teacher.asked)
-            known = (
-                {json.loads(line)["id"] for line in journal.read_bytes().split(b"\n")[1:-1]}
-                if journal.exists()
-                else set()
-            )
-            process = subprocess.Popen(command, preexec_fn=hear_ctrl_c, env={**os.environ, "PYTHONFAULTHANDLER": "1"})
-            if kills < 3:
-                while sum(teacher.asked.values()) == sum(before.values()) and process.poll() is None:
-                    time.sleep(0.005)
-                time.sleep(rng.uniform(0.0, 0.4))
-                process.send_signal(signal.SIGKILL)
-                kills += process.wait() != 0
-            assert process.wait() in (0, -signal.SIGKILL)
-            again = {
-                f"chosen/{n}" for n, p in enumerate(chosen) if teacher.asked[p.question] > before.get(p.question, 0)
-            }
-            assert not again & known, "an answer that is on the disk was asked for again"
-            if process.returncode == 0:
-                break
-    assert sum(teacher.asked.values()) <= 200 + kills * concurrency
-    assert len(list(read_conversations(tmp_path / "o.parquet"))) == 200
-    report = json.loads((tmp_path / "o.report.json").read_text())
-    assert report["kept"] == report["answered"] == 200

@@ -12,10 +12,18 @@ from typing import Any
 
 from retool.config import SandboxConfig
 from retool.data.cold_start import prompt
-from retool.data.cold_start.checks import Checked, RejectedError, UndecidedError, check_programs, check_text
-from retool.data.cold_start.journal import Journal, Key
+from retool.data.cold_start.checks import (
+    VERSION,
+    Checked,
+    RejectedError,
+    UndecidedError,
+    check_programs,
+    check_text,
+    without_thoughts,
+)
+from retool.data.cold_start.journal import Journal, Key, fingerprint, set_aside
 from retool.data.cold_start.report import SAMPLES, ColdStartReport, code_statistics, samples_page
-from retool.data.cold_start.teacher import AskError, Budget, BudgetSpentError, Teacher, TeacherConfig
+from retool.data.cold_start.teacher import AskError, Budget, BudgetSpentError, Spent, Teacher, TeacherConfig
 from retool.data.conversations import Row, write_conversations
 from retool.data.prepare import Cleaning, Report, beside, check_out, clean
 from retool.data.problem import Problem
@@ -24,12 +32,16 @@ from retool.data.retool_sft import to_messages
 from retool.data.sets import load_problems
 from retool.errors import DataError
 from retool.formats.tags import Block, Kind
-from retool.progress import Progress, Stage
+from retool.progress import Progress
 from retool.protocols import Sandbox
 from retool.sandbox.choose import open_sandbox
 from retool.store import write_file
 from retool.store.files import to_json
 from retool.types import Conversation
+
+GIVE_UP = 20
+"""Problems in a row without an answer (or twice the concurrency, if that is more) after which the teacher is left
+alone: what the rest would cost is requests and hours."""
 
 
 @dataclass(frozen=True)
@@ -58,27 +70,57 @@ class Job:
     restart: bool = False
 
 
+Wanted = list[tuple[Problem, int]]
+"""Problems and numbers of their samples, in the set's order."""
+
+
 @dataclass
 class _State:
-    """What the workers share."""
+    """What there is so far, by the place in what is wanted."""
 
     job: Job
+    wanted: Wanted
     answers: Journal
     verdicts: Journal
-    sandbox: Sandbox
-    teacher: Teacher
-    stage: Stage
-    checked: dict[Key, Checked] = field(default_factory=dict)
-    rejected: dict[Key, str] = field(default_factory=dict)
-    undecided: set[Key] = field(default_factory=set)
+    checked: dict[int, Checked] = field(default_factory=dict)
+    rejected: dict[int, str] = field(default_factory=dict)
+    undecided: set[int] = field(default_factory=set)
     spent: bool = False
+    """The budget; nothing more is asked."""
+    given_up: str = ""
+    """Why the teacher is not asked any more, though there is a budget."""
+    in_a_row: int = 0
+    """Problems without an answer since the last answer."""
 
-    def show(self) -> None:
-        tokens = self.teacher.budget.tokens
-        self.stage.advance(kept=len(self.checked), rejected=len(self.rejected), tokens=tokens)
+    def asked(self, place: int) -> Key:
+        problem, sample = self.wanted[place]
+        messages = prompt.messages_for(problem, stateful=self.job.sandbox.stateful)
+        return Key(problem.id, sample, fingerprint(*(str(message["content"]) for message in messages)))
+
+    def entry(self, place: int) -> dict[str, Any]:
+        """The answer that was written down, or what is known of failures; empty: nothing is."""
+        return self.answers.entries.get(self.asked(place), {})
+
+    def judged(self, place: int) -> Key:
+        """Where the verdict on the answer stands: it depends on the truth, too."""
+        problem, sample = self.wanted[place]
+        entry = self.entry(place)
+        return Key(problem.id, sample, fingerprint(str(entry["text"]), str(entry["finish"]), problem.answer))
+
+    def recall(self, place: int) -> bool:
+        """Take up a verdict of an earlier run, if there is one."""
+        known = self.verdicts.entries.get(self.judged(place)) if "text" in self.entry(place) else None
+        if known is None:
+            return False
+        if "rejected" in known:
+            self.rejected[place] = str(known["rejected"])
+        else:
+            blocks = [Block(Kind(kind), text, raw) for kind, text, raw in known["blocks"]]
+            self.checked[place] = Checked(blocks, Counter(known["statuses"]), known["replaced"], known["seconds"])
+        return True
 
 
-async def generate(job: Job, progress: Progress) -> ColdStartReport:
+def generate(job: Job, progress: Progress) -> ColdStartReport:
     """Ask, check, write. What is in the journal is not asked for again; the output is written at the end, whole.
 
     Raises:
@@ -88,19 +130,21 @@ async def generate(job: Job, progress: Progress) -> ColdStartReport:
     started = time.monotonic()
     check_out(job.out, job.file or job.spec)
     cleaning = Report(job.spec)
-    problems = clean(
-        load_problems(job.spec, file=job.file, columns=job.columns, split=job.split), job.cleaning, cleaning
-    )
-    problems = problems[: job.limit or len(problems)]
+    # Not within the event loop: reading a large set takes minutes, and Ctrl-C ends it at once only out here.
+    found = clean(load_problems(job.spec, file=job.file, columns=job.columns, split=job.split), job.cleaning, cleaning)
+    problems = found[: job.limit or len(found)]
     if not problems:
         raise DataError(f"{job.file or job.spec}: no problem is left ({dict(cleaning.dropped)})")
     wanted = [(problem, sample) for problem in problems for sample in range(job.samples)]
     answers, verdicts = _open_journals(job)
     try:
-        state = await _work(job, wanted, answers, verdicts, progress)
-        report = _count(state, wanted)
+        state = _State(job, wanted, answers, verdicts)
+        budget = _budget(job, answers)
+        left = [place for place in range(len(wanted)) if not state.recall(place)]
+        asyncio.run(_work(state, left, budget, progress))
+        report = _count(state, budget)
         report.cleaning, report.problems = cleaning.to_json(), len(problems)
-        _write(state, wanted, report)
+        _write(state)
     finally:
         answers.close()
         verdicts.close()
@@ -110,154 +154,158 @@ async def generate(job: Job, progress: Progress) -> ColdStartReport:
 
 
 def _open_journals(job: Job) -> tuple[Journal, Journal]:
-    paths = beside(job.out, "journal.jsonl"), beside(job.out, "checked.jsonl")
+    path, sandbox, teacher = beside(job.out, "journal.jsonl"), job.sandbox, job.teacher
     if job.restart:
-        for path in paths:
-            path.unlink(missing_ok=True)
-    teacher = job.teacher
+        set_aside(path, beside(job.out, "journal.old.jsonl"))
     asked = {"--model": teacher.model, "--temperature": teacher.temperature, "--max-tokens": teacher.max_tokens,
-             "prompt": prompt.fingerprint()}  # fmt: skip
-    answers = Journal(paths[0], asked)
-    return answers, Journal(paths[1], {"--timeout-code": job.sandbox.timeout_s, "--keep-textual": job.textual})
+             "--stateful": sandbox.stateful, "prompt": prompt.fingerprint()}  # fmt: skip
+    answers = Journal(path, asked)
+    judged = {"checks": VERSION, "--timeout-code": sandbox.timeout_s, "--keep-textual": job.textual,
+              "--stateful": sandbox.stateful}  # fmt: skip
+    try:
+        return answers, Journal(beside(job.out, "checked.jsonl"), judged, disposable=True)
+    except BaseException:
+        answers.close()
+        raise
 
 
-async def _work(
-    job: Job, wanted: list[tuple[Problem, int]], answers: Journal, verdicts: Journal, progress: Progress
-) -> _State:
+def _budget(job: Job, answers: Journal) -> Budget:
+    """The budget, less what all the journal's entries have cost."""
     budget = Budget(job.max_requests, job.max_total_tokens)
     for entry in answers.entries.values():
         budget.requests += int(entry.get("attempts", 0))
-        budget.tokens += int(entry.get("prompt_tokens", 0)) + int(entry.get("completion_tokens", 0))
-    queue = iter(wanted)
-    teacher = Teacher(job.teacher, budget)
-    try:
-        sandbox = await open_sandbox(job.sandbox)
+        budget.tokens += sum(int(entry.get(f"{name}_tokens", 0)) for name in ("prompt", "completion", "lost"))
+    return budget
+
+
+async def _work(state: _State, left: list[int], budget: Budget, progress: Progress) -> None:
+    """Answers and verdicts for the places that have none."""
+    total = len(state.wanted)
+    with progress.stage("cold start", total=total) as stage:
+        stage.advance(total - len(left))
+        if not left:
+            return
+        teacher = Teacher(state.job.teacher, budget)
         try:
-            with progress.stage("cold start", total=len(wanted)) as stage:
-                state = _State(job, answers, verdicts, sandbox, teacher, stage)
+            sandbox = await open_sandbox(state.job.sandbox)
+            try:
+                queue = iter(left)
 
                 async def worker() -> None:
-                    for problem, sample in queue:  # the workers share one iterator
-                        await _one(state, problem, sample)
+                    for place in queue:  # the workers share one iterator
+                        await _one(state, place, teacher, sandbox)
+                        figures = {"kept": len(state.checked), "rejected": len(state.rejected)}
+                        stage.advance(int("text" in state.entry(place)), **figures, tokens=budget.tokens)
 
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(min(job.concurrency, len(wanted))):
+                    for _ in range(min(state.job.concurrency, len(left))):
                         group.create_task(worker())
-            return state
+            finally:
+                await sandbox.close()
+        except BaseExceptionGroup as errors:
+            # What one worker raised has ended the others: it is what there is to say.
+            error: BaseException = errors
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
         finally:
-            await sandbox.close()
-    except BaseExceptionGroup as errors:
-        # What one worker raised has ended the others: it is what there is to say.
-        error: BaseException = errors
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
-    finally:
-        await teacher.close()
+            await teacher.close()
 
 
-async def _one(state: _State, problem: Problem, sample: int) -> None:
+async def _one(state: _State, place: int, teacher: Teacher, sandbox: Sandbox) -> None:
     """One answer: asked for unless it is there, and checked."""
-    key = (problem.id, sample)
-    entry = state.answers.entries.get(key)
-    if entry is None or "text" not in entry:
-        entry = await _ask(state, problem, key, int((entry or {}).get("attempts", 0)))
-    if entry is not None:
-        try:
-            state.checked[key] = await _check(state, key, entry, problem)
-        except RejectedError as reason:
-            state.rejected[key] = str(reason)
-        except UndecidedError:
-            state.undecided.add(key)
-        state.show()
+    if "text" not in state.entry(place):
+        await _ask(state, place, teacher)
+    if "text" in state.entry(place):
+        await _check(state, place, sandbox)
 
 
-async def _ask(state: _State, problem: Problem, key: Key, before: int) -> dict[str, Any] | None:
-    """The entry of an answer, written down; None where there was none. ``before``: attempts of earlier runs."""
-    if state.spent:
-        return None
+async def _ask(state: _State, place: int, teacher: Teacher) -> None:
+    """Write down what the teacher answers, or why it does not."""
+    if state.spent or state.given_up:
+        return
+    key, before, (problem, _) = state.asked(place), state.entry(place), state.wanted[place]
+    spent = Spent(int(before.get("attempts", 0)), int(before.get("lost_tokens", 0)))
+    said: dict[str, Any] = {}
     try:
-        answer = await state.teacher.ask(prompt.messages_for(problem))
-    except BudgetSpentError as error:
+        said = vars(await teacher.ask(prompt.messages_for(problem, stateful=state.job.sandbox.stateful), spent))
+        state.in_a_row = 0
+    except BudgetSpentError:
         state.spent = True
-        if error.attempts:
-            state.answers.add(key, {"failed": "the budget was spent", "attempts": before + error.attempts})
-        return None
+        if spent.attempts > int(before.get("attempts", 0)):
+            said = {"failed": "the budget was spent"}
     except AskError as error:
-        state.answers.add(key, {"failed": error.reason, "attempts": before + error.attempts})
-        return None
-    state.answers.add(key, {**vars(answer), "attempts": before + answer.attempts})
-    return state.answers.entries[key]
+        said = {"failed": error.reason, "said": error.said}
+        state.in_a_row += 1
+        if state.in_a_row >= max(GIVE_UP, 2 * state.job.concurrency):
+            state.given_up = f"{error.reason}: {error.said}" if error.said else error.reason
+    if said:
+        state.answers.add(key, {**said, **vars(spent)})
 
 
-async def _check(state: _State, key: Key, entry: Mapping[str, Any], problem: Problem) -> Checked:
-    known = state.verdicts.entries.get(key)
-    if known is not None:
-        return _recall(known)
+async def _check(state: _State, place: int, sandbox: Sandbox) -> None:
+    entry, (problem, sample), job = state.entry(place), state.wanted[place], state.job
+    session = f"{problem.id}/{sample}/{place}" if job.sandbox.stateful else ""
     try:
         # Judging an answer may wait for math-verify's process: not in the loop that also reads the teacher's answers.
         blocks = await asyncio.to_thread(
-            check_text, str(entry["text"]), str(entry["finish"]), problem.answer, textual=state.job.textual
+            check_text, str(entry["text"]), str(entry["finish"]), problem.answer, textual=job.textual
         )
-        checked = await check_programs(blocks, state.sandbox, state.job.sandbox.timeout_s)
+        checked = await check_programs(blocks, sandbox, job.sandbox.timeout_s, session=session)
+    except UndecidedError:
+        state.undecided.add(place)
     except RejectedError as reason:
-        state.verdicts.add(key, {"rejected": str(reason)})
-        raise
-    state.verdicts.add(key, {
-        "blocks": [list(block) for block in checked.blocks], "statuses": dict(checked.statuses),
-        "replaced": checked.replaced, "seconds": round(checked.seconds, 3),
-    })  # fmt: skip
-    return checked
+        state.verdicts.add(state.judged(place), {"rejected": str(reason)})
+        state.rejected[place] = str(reason)
+    else:
+        state.verdicts.add(state.judged(place), {
+            "blocks": [list(block) for block in checked.blocks], "statuses": dict(checked.statuses),
+            "replaced": checked.replaced, "seconds": round(checked.seconds, 3),
+        })  # fmt: skip
+        state.checked[place] = checked
 
 
-def _recall(entry: Mapping[str, Any]) -> Checked:
-    if "rejected" in entry:
-        raise RejectedError(entry["rejected"])
-    blocks = [Block(Kind(kind), text, raw) for kind, text, raw in entry["blocks"]]
-    return Checked(blocks, Counter(entry["statuses"]), entry["replaced"], entry["seconds"])
-
-
-def _count(state: _State, wanted: list[tuple[Problem, int]]) -> ColdStartReport:
+def _count(state: _State, budget: Budget) -> ColdStartReport:
     """Drop repeated answers, and count."""
     said: set[tuple[str, str]] = set()
-    for problem, sample in wanted:
-        key = (problem.id, sample)
-        checked = state.checked.get(key)
+    for place, (problem, _) in enumerate(state.wanted):
+        checked = state.checked.get(place)
         if checked is None:
             continue
-        if (problem.id, checked.text) in said:
-            del state.checked[key]
-            state.rejected[key] = "the same as an earlier sample"
-        said.add((problem.id, checked.text))
-    entries = {(p.id, s): state.answers.entries.get((p.id, s), {}) for p, s in wanted}
+        if (problem.question, checked.text) in said:
+            del state.checked[place]
+            state.rejected[place] = "the same as an earlier sample"
+        said.add((problem.question, checked.text))
+    entries = [state.entry(place) for place in range(len(state.wanted))]
+    texts = [str(entry["text"]) for entry in entries if "text" in entry]
     kept = list(state.checked.values())
     return ColdStartReport(
-        wanted=len(wanted),
-        answered=sum("text" in entry for entry in entries.values()),
-        failed=Counter(str(entry["failed"]) for entry in entries.values() if "failed" in entry),
+        wanted=len(entries),
+        answered=len(texts),
+        failed=Counter(str(entry["failed"]) for entry in entries if "failed" in entry),
+        said={str(entry["failed"]): str(entry["said"]) for entry in reversed(entries) if entry.get("said")},
         kept=len(kept),
         rejected=Counter(state.rejected.values()),
         undecided=len(state.undecided),
-        requests=state.teacher.budget.requests,
-        prompt_tokens=sum(int(entry.get("prompt_tokens", 0)) for entry in entries.values()),
-        completion_tokens=sum(int(entry.get("completion_tokens", 0)) for entry in entries.values()),
+        thoughts=sum(without_thoughts(text) != text for text in texts),
+        requests=budget.requests,
+        prompt_tokens=sum(int(entry.get("prompt_tokens", 0)) for entry in entries),
+        completion_tokens=sum(int(entry.get("completion_tokens", 0)) for entry in entries),
+        lost_tokens=sum(int(entry.get("lost_tokens", 0)) for entry in entries),
+        guessed=sum(bool(entry.get("guessed")) for entry in entries),
         budget_spent=state.spent,
-        code=code_statistics(
-            [checked.programs for checked in kept],
-            sum((checked.statuses for checked in kept), Counter[str]()),
-            sum(checked.replaced for checked in kept),
-        ),
+        given_up=state.given_up,
+        code=code_statistics(kept),
     )
 
 
-def _write(state: _State, wanted: list[tuple[Problem, int]], report: ColdStartReport) -> None:
+def _write(state: _State) -> None:
     """The conversations in the problems' order, and samples to read."""
     rows = list[Row]()
     kept, rejected = list[dict[str, str]](), dict[str, dict[str, str]]()
-    for problem, sample in wanted:
-        key = (problem.id, sample)
+    for place, (problem, sample) in enumerate(state.wanted):
         shown = {"id": problem.id, "question": problem.question, "answer": problem.answer}
-        checked = state.checked.get(key)
+        checked = state.checked.get(place)
         if checked is not None:
             id = f"{problem.id}/{sample}" if state.job.samples > 1 else problem.id
             turns = to_messages(checked.blocks) if state.job.form == "messages" else [
@@ -266,8 +314,10 @@ def _write(state: _State, wanted: list[tuple[Problem, int]], report: ColdStartRe
             conversation = Conversation(id, [*prompt_messages(problem.question), *turns])
             rows.append(Row(conversation, problem.source, problem.answer))
             kept += [{**shown, "text": checked.text}] if len(kept) < SAMPLES else []
-        elif key in state.rejected and state.rejected[key] not in rejected:
-            rejected[state.rejected[key]] = {**shown, "text": str(state.answers.entries[key].get("text", ""))}
+        elif place in state.rejected and state.rejected[place] not in rejected:
+            rejected[state.rejected[place]] = {**shown, "text": str(state.entry(place).get("text", ""))}
     if rows:
         write_conversations(state.job.out, rows)
+    else:
+        state.job.out.unlink(missing_ok=True)  # an earlier run's rows do not belong to this report
     write_file(beside(state.job.out, "samples.md"), samples_page(kept, rejected))

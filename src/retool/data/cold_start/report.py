@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from retool.data.cold_start.checks import Checked
+
 SAMPLES = 3
 """Kept answers to read, and one rejected for each reason."""
 
 
 @dataclass
 class ColdStartReport:
-    """Counts. ``asked`` = answered + failed + not asked yet; ``answered`` = kept + rejected + undecided."""
+    """Counts. ``wanted`` = answered + failed + not asked yet; ``answered`` = kept + rejected + undecided."""
 
     problems: int = 0
     """Of the set, after cleaning."""
@@ -25,16 +27,28 @@ class ColdStartReport:
     answered: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     """Requests that got no answer; the next start asks again."""
+    said: dict[str, str] = field(default_factory=dict)
+    """The teacher's words to one failure for each reason, where it said something."""
     kept: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     undecided: int = 0
     """The sandbox failed; the next start checks them again."""
+    thoughts: int = 0
+    """Answers before which a reasoning model's thoughts stood."""
     requests: int = 0
+    """Of all runs of this journal, retries included."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    lost_tokens: int = 0
+    """Of completions that held no answer."""
+    guessed: int = 0
+    """Answers whose tokens the server did not count."""
     budget_spent: bool = False
+    given_up: str = ""
+    """Why the teacher was left alone before all was asked."""
     code: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    """Of the last run."""
 
     @property
     def left(self) -> int:
@@ -53,11 +67,14 @@ class ColdStartReport:
         rows += [[f"failed, {reason}", count] for reason, count in sorted(self.failed.items())]
         rows += [["undecided: the sandbox failed", self.undecided]] if self.undecided else []
         rows += [["still to ask", self.left]] if self.left else []
+        rows += [["with thoughts before it", self.thoughts]] if self.thoughts else []
         rows += [
             ["requests", self.requests],
             ["tokens, prompts", self.prompt_tokens],
             ["tokens, answers", self.completion_tokens],
         ]
+        rows += [["tokens, lost", self.lost_tokens]] if self.lost_tokens else []
+        rows += [["answers whose tokens are a guess", self.guessed]] if self.guessed else []
         for name, value in self.code.items():
             if not isinstance(value, dict):
                 rows.append([name, value])
@@ -66,23 +83,18 @@ class ColdStartReport:
         return rows
 
 
-def code_statistics(programs: Sequence[Sequence[str]], statuses: Counter[str], replaced: int) -> dict[str, Any]:
-    """Of the kept rows.
-
-    Args:
-        programs: of each row.
-        statuses: of their runs.
-        replaced: outputs that were written otherwise.
-    """
-    whole = [program for row in programs for program in row]
-    lines = [sum(1 for line in program.splitlines() if line.strip()) for program in whole]
-    libraries = Counter(name for row in programs for name in set().union(*map(imports, row)) if row)
+def code_statistics(kept: Sequence[Checked]) -> dict[str, Any]:
+    """Of the programs in the kept answers."""
+    programs = [program for checked in kept for program in checked.programs]
+    lines = sum(1 for program in programs for line in program.splitlines() if line.strip())
+    libraries = Counter(name for checked in kept for name in set().union(*map(imports, checked.programs)))
     return {
-        "programs": len(whole),
-        "programs a row": round(len(whole) / len(programs), 2) if programs else 0.0,
-        "lines a program": round(sum(lines) / len(lines), 2) if lines else 0.0,
-        "outputs replaced": replaced,
-        "runs by status": dict(statuses.most_common()),
+        "programs": len(programs),
+        "programs a row": round(len(programs) / len(kept), 2) if kept else 0.0,
+        "lines a program": round(lines / len(programs), 2) if programs else 0.0,
+        "seconds executed": round(sum(checked.seconds for checked in kept), 1),
+        "outputs replaced": sum(checked.replaced for checked in kept),
+        "runs by status": dict(sum((checked.statuses for checked in kept), Counter[str]()).most_common()),
         "rows that import": dict(libraries.most_common(10)),
     }
 
