@@ -171,8 +171,9 @@ def test_steps_of_epochs_are_counted() -> None:
 
 
 def test_a_model_that_is_not_at_hand_has_a_plan_without_memory() -> None:
-    shown = render(plan_of("qwen2.5-32b/grpo", "model.path=nobody/nothing"))
-    assert "its size is not at hand" in shown and "memory: not known" in shown
+    for path in ("nobody/nothing", "a b/c", "nobody/no/thing"):
+        shown = render(plan_of("qwen2.5-32b/grpo", f"model.path={path}"))
+        assert "its size is not at hand" in shown and "memory: not known" in shown
 
 
 def test_an_unknown_recipe_names_the_others() -> None:

@@ -10,8 +10,7 @@ from retool.config import Recipe
 from retool.data.sources import open_source
 from retool.engine.model import use_threads
 from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, open_sandbox
-from retool.grading.grader import BoxedGrader, grade_groups
-from retool.grading.rewards import find_reward
+from retool.grading.grader import judge
 from retool.metrics import evaluation_summary
 from retool.progress import Progress
 from retool.protocols import Sandbox
@@ -65,8 +64,7 @@ async def sample(
             step=step,
             on_trajectory=lambda _: stage.advance(),
         )
-    grader, reward = BoxedGrader(lenient=recipe.rl.grading == "lenient"), find_reward(recipe.rl.reward)
-    judged = await asyncio.to_thread(grade_groups, groups, grader, reward)
+    judged = await asyncio.to_thread(judge, groups, recipe.rl)
     if progress and judged.unjudged:
         progress.line(f"{judged.unjudged} answers could not be judged in time: they count as wrong")
     return groups

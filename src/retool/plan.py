@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from retool.config import Recipe
-from retool.data.sets import SETS, split_spec
+from retool.data.sets import SETS, is_hub_name, split_spec
 
 GB = 1 << 30
 MAX_LOGITS = 16 * 1024 * 1024
@@ -133,7 +133,7 @@ def read_architecture(recipe: Recipe) -> Architecture | None:
     if not config.is_file() and model.path not in KNOWN:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(model.path, "config.json") if model.path.count("/") == 1 else None
+        found = try_to_load_from_cache(model.path, "config.json") if is_hub_name(model.path) else None
         config = Path(found) if isinstance(found, str) else config
     if config.is_file():
         return _from_config(json.loads(config.read_text(encoding="utf-8")))

@@ -31,7 +31,7 @@ from retool.engine.runtime import (
 )
 from retool.errors import ConfigError
 from retool.evaluate import sample as sample_evaluation
-from retool.grading.grader import BoxedGrader, grade_groups
+from retool.grading.grader import judge
 from retool.grading.rewards import find_reward
 from retool.metrics import rollout_metrics, validation_metrics
 from retool.progress import Progress
@@ -70,7 +70,6 @@ async def train(
     recipe, config, seed = runtime.recipe, runtime.recipe.rl, runtime.recipe.run.seed
     folder.write_environment(job="rl", seed=seed, device=str(runtime.model.device))
     source = open_source(recipe)
-    grader, reward = BoxedGrader(lenient=config.grading == "lenient"), find_reward(config.reward)
     policy = runtime.policy()
     rollout = runtime.rollout(policy, sandbox)
     learner = Learner(
@@ -94,7 +93,7 @@ async def train(
                 tasks = source.train_tasks(step, config.prompts)
                 groups = await run_groups(rollout, tasks, config.group_size, seed=seed, step=step)
             with clock.time("grade"):
-                judged = await asyncio.to_thread(grade_groups, groups, grader, reward)
+                judged = await asyncio.to_thread(judge, groups, config)
                 set_advantages(groups)
             with clock.time("train"):
                 release_memory()

@@ -80,6 +80,18 @@ def test_nothing_is_written_where_no_row_converts(tmp_path: Path) -> None:
     assert not (tmp_path / "o.parquet").exists()
 
 
+def test_an_output_that_would_replace_an_input_or_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", [row()])
+    exam = tmp_path / "exam.parquet"
+    pq.write_table(pa.Table.from_pylist([{"question": "What?", "answer": "4"}]), exam)
+    with pytest.raises(DataError, match="is the input itself"):
+        prepare_conversations("retool-sft", exam, file=str(source), wanted=Cleaning(against=[str(exam)]))
+    (tmp_path / ".o.parquet.aside").mkdir()  # where the file is written first
+    with pytest.raises(DataError, match="cannot be written") as caught:
+        prepare_conversations("retool-sft", tmp_path / "o.parquet", file=str(source))
+    assert "\n" not in str(caught.value)
+
+
 def test_programs_are_run_again_and_differences_listed(tmp_path: Path) -> None:
     rows = [("a/0", convert(row())), ("a/1", convert(row(TWICE)))]
     lost = ExecutionResult(ExecutionStatus.INFRA)

@@ -98,6 +98,8 @@ BROKEN: list[tuple[str, Any]] = [
     ("not one user message and one assistant message", {"messages": row()["messages"][::-1]}),
     ("a message whose content is no text", row(None)),
     ("a message whose content is no text", row(prompt=[{"type": "text"}])),
+    ("half of a surrogate pair", row(GOOD.replace("I count", "\ud800"))),
+    ("half of a surrogate pair", row(prompt=PROMPT.format("\udfff"))),
     ("empty response", row(" \n")),
     ("no '*user question:*' in the prompt", row(prompt="What is 2+2?")),
     ("empty question", row(prompt=PROMPT.format(" "))),

@@ -59,9 +59,15 @@ def make_tags(name: str, shared_data: Path | None) -> CodeTagsFormat:
 
 
 @pytest.fixture(params=["nano", "tiny", "odd", "qwen2.5", "qwen3"])
-def fmt(request: pytest.FixtureRequest) -> HermesFormat:
+def tokenizer_name(request: pytest.FixtureRequest) -> tuple[str, Path | None]:
+    """A tokenizer's name, and the folder of data that it needs."""
     needs_data = request.param.startswith("qwen")
-    return make(request.param, request.getfixturevalue("shared_data") if needs_data else None)
+    return request.param, request.getfixturevalue("shared_data") if needs_data else None
+
+
+@pytest.fixture
+def fmt(tokenizer_name: tuple[str, Path | None]) -> HermesFormat:
+    return make(*tokenizer_name)
 
 
 @pytest.fixture

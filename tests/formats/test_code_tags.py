@@ -34,10 +34,9 @@ surprising = st.text() | tagged | st.sampled_from([*FORGERIES, "", "print('</cod
 prose = st.text().filter(lambda text: not any(tag in text for tag in TAGS[:5]))
 
 
-@pytest.fixture(params=["nano", "tiny", "odd", "qwen2.5", "qwen3"])
-def fmt(request: pytest.FixtureRequest) -> CodeTagsFormat:
-    needs_data = request.param.startswith("qwen")
-    return make_tags(request.param, request.getfixturevalue("shared_data") if needs_data else None)
+@pytest.fixture
+def fmt(tokenizer_name: tuple[str, Path | None]) -> CodeTagsFormat:
+    return make_tags(*tokenizer_name)
 
 
 @pytest.fixture

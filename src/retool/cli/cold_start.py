@@ -8,22 +8,16 @@ from typing import Any
 import click
 
 from retool.cli.common import EXIT_NOT_IN_ORDER, QUIET
-from retool.cli.data import cleaning_options, parse_columns
+from retool.cli.data import OUT, cleaning_options, parse_columns
 
 
 @click.command(name="cold-start")
 @click.argument("name", metavar="SET")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The Parquet file to write."
-)
+@OUT
 @click.option("--teacher", "url", required=True, metavar="URL", help="An OpenAI-compatible endpoint, e.g. http://…/v1.")
 @click.option("--model", required=True, help="The teacher's name there.")
 @click.option("--key-env", default="OPENAI_API_KEY", show_default=True, help="The variable that holds the key, if any.")
 @cleaning_options
-@click.option("--split", default="", help="Which split; default: the set's first one.")
-@click.option(
-    "--column", "columns", metavar="FIELD=COLUMN", multiple=True, help="question, answer, solution, id: where."
-)
 @click.option("--limit", type=click.IntRange(0), default=0, help="Problems at most; 0: all.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Answers a problem.")
 @click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True, help="Requests at a time.")

@@ -38,6 +38,11 @@ def data_list() -> None:
     click.echo("Any other: a .parquet, .jsonl or .json file, or a hub name owner/name, with --column for its columns.")
 
 
+OUT = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The Parquet file to write."
+)
+
+
 def cleaning_options(function: Any) -> Any:
     """What commands that read a set of problems have in common."""
     for option in reversed(
@@ -49,6 +54,11 @@ def cleaning_options(function: Any) -> Any:
                 "--min-share", type=click.FloatRange(0, 1), default=0.0, show_default=True,
                 help="Let smaller overlaps pass: share of the evaluation problem's runs of words.",
             ),
+            click.option("--split", default="", help="Which split; default: the set's first one."),
+            click.option(
+                "--column", "columns", metavar="FIELD=COLUMN", multiple=True,
+                help="question, answer, solution, id: where.",
+            ),
         ]
     ):  # fmt: skip
         function = option(function)
@@ -57,14 +67,8 @@ def cleaning_options(function: Any) -> Any:
 
 @data.command(name="prepare")
 @click.argument("name", metavar="SET")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The Parquet file to write."
-)
+@OUT
 @cleaning_options
-@click.option("--split", default="", help="Which split; default: the set's first one.")
-@click.option(
-    "--column", "columns", metavar="FIELD=COLUMN", multiple=True, help="question, answer, solution, id: where."
-)
 @click.option("--no-chinese", is_flag=True, help="Drop problems that hold Chinese.")
 @click.option("--keep-duplicates", is_flag=True, help="Do not look for duplicates and conflicting answers.")
 @click.option("--limit", type=click.IntRange(0), default=0, help="Problems to keep at most; 0: all.")
@@ -108,7 +112,7 @@ def data_prepare(
     from retool.progress import Progress
 
     progress = Progress(quiet=quiet or as_json)
-    wanted = Cleaning(not no_chinese, keep_duplicates, against, ngram, min_share)
+    wanted = Cleaning(chinese=not no_chinese, duplicates=keep_duplicates, against=against, ngram=ngram, share=min_share)
     known = SETS.get(name)
     if known and known.kind == "conversations":
         given = {"--split": split, "--column": columns, "--no-chinese": no_chinese,

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from retool.data.prepare import write_whole
 from retool.data.reading import rows as read_rows
 from retool.data.retool_sft import to_messages
 from retool.errors import DataError
 from retool.formats import tags
 from retool.formats.calls import tool_call
 from retool.grading.answers import extract_answer
-from retool.store import write_file
 from retool.types import Conversation, Message
 
 _CALL = pa.struct(
@@ -56,7 +56,11 @@ class Row(NamedTuple):
 
 
 def write_conversations(path: Path, rows: Iterable[Row]) -> None:
-    """Write the file whole, or not at all."""
+    """Write the file whole, or not at all.
+
+    Raises:
+        DataError: it cannot be written.
+    """
     table = pa.Table.from_pylist(
         [
             {
@@ -72,8 +76,7 @@ def write_conversations(path: Path, rows: Iterable[Row]) -> None:
     )
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, sink.getvalue())
+    write_whole(path, sink.getvalue())
 
 
 def read_conversations(path: str | Path) -> Iterator[Conversation]:

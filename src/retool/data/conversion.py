@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from retool.data.conversations import Row, write_conversations
-from retool.data.decontaminate import Index
 from retool.data.outputs import same_output
-from retool.data.prepare import Cleaning, Report, beside, check_out, evaluation_problems, write_report
+from retool.data.prepare import Cleaning, Report, beside, check_out, close_report, write_counts, write_lines
 from retool.data.retool_sft import Converted, RowError, convert
-from retool.data.sets import SETS, set_rows
+from retool.data.sets import set_name, set_rows
 from retool.errors import DataError
 from retool.formats.tags import Kind
 from retool.protocols import Sandbox
-from retool.store import write_file
-from retool.store.files import to_json
 from retool.types import Conversation, ExecutionStatus
-
-FORMS = ("messages", "tags")
 
 
 def convert_set(
@@ -33,10 +27,9 @@ def convert_set(
     Raises:
         ConfigError, DataError: see ``sets.set_rows``.
     """
-    wanted = wanted or Cleaning()
-    index = Index(evaluation_problems(wanted.against), wanted.ngram) if wanted.against else None
+    index = (wanted or Cleaning()).index()
     found = []
-    name = spec if spec in SETS else Path(spec).name.split(".")[0]
+    name = set_name(spec)
     for number, row in enumerate(set_rows(spec, file=file)):
         report.read += 1
         id = f"{name}/{number}"
@@ -45,8 +38,8 @@ def convert_set(
         except RowError as reason:
             report.drop(str(reason), id, row=number)
             continue
-        match = index.match(converted.question) if index else None
-        if match is not None and match.share >= wanted.share:
+        match = index.match(converted.question)
+        if match is not None:
             report.drop("contaminated", id, row=number, evaluation=match.id, kind=match.kind, shared=match.text)
             continue
         found.append((id, converted))
@@ -75,22 +68,15 @@ def prepare_conversations(
     """
     started = time.perf_counter()
     report = Report(spec)
-    check_out(out, file or spec)
+    wanted = wanted or Cleaning()
+    check_out(out, file or spec, *wanted.reads())
     found = convert_set(spec, file=file, wanted=wanted, report=report)
     if not found:
         raise DataError(
             f"{file or spec}: none of {report.read} rows converts ({dict(report.dropped)}); nothing is written"
         )
-    write_conversations(
-        out,
-        (
-            Row(Conversation(id, c.messages(form)), SETS[spec].name if spec in SETS else spec, c.answer)
-            for id, c in found
-        ),
-    )
-    report.seconds = round(time.perf_counter() - started, 2)
-    report.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    write_report(out, report.to_json(), report.rows)
+    write_conversations(out, (Row(Conversation(id, c.messages(form)), spec, c.answer) for id, c in found))
+    close_report(out, report, started)
     return report, found
 
 
@@ -141,5 +127,5 @@ def write_differences(out: Path, report: Report, programs: int, differences: lis
         "rows with such a program": len({f["id"] for f in differences if f["status"] != ExecutionStatus.INFRA}),
         "programs that the sandbox lost": infra,
     }
-    write_file(beside(out, "report.json"), to_json(report.to_json(), indent=2) + "\n")
-    write_file(beside(out, "outputs.jsonl"), "".join(to_json(found) + "\n" for found in differences))
+    write_counts(out, report.to_json())
+    write_lines(beside(out, "outputs.jsonl"), differences)

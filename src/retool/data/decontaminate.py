@@ -75,10 +75,11 @@ class Index:
     Args:
         problems: of the evaluation sets.
         ngram: words of a run.
+        share: overlaps with a smaller share of the evaluation problem are let pass.
     """
 
-    def __init__(self, problems: Iterable[Problem], ngram: int = NGRAM) -> None:
-        self.ngram = ngram
+    def __init__(self, problems: Iterable[Problem], ngram: int = NGRAM, share: float = 0.0) -> None:
+        self.ngram, self.share = ngram, share
         self._exact: dict[bytes, str] = {}
         self._runs: dict[tuple[str, ...], list[str]] = {}
         self._sizes: dict[str, int] = {}
@@ -99,11 +100,15 @@ class Index:
 
     def learn_phrases(self, questions: Iterable[str]) -> None:
         """Count how many of the (different) training problems hold a run; the common ones are turns of phrase."""
+        if not self._sizes:
+            return
         counts = Counter(run for q in questions for run in set(self._runs_of(q)) if run in self._runs)
         self._phrases = {run for run, count in counts.items() if count > COMMON}
 
     def match(self, question: str) -> Match | None:
         """The evaluation problem that the question overlaps with the most; None where there is none."""
+        if not self._sizes:
+            return None
         same = self._exact.get(fingerprint(question))
         if same is not None:
             return Match(same, "exact", question, 1.0)
@@ -113,7 +118,7 @@ class Index:
                 shared.setdefault(id, []).append(run)
         shares = {id: len(runs) / self._sizes[id] for id, runs in shared.items()}
         telling = [id for id in shared if shares[id] >= ALIKE or not self._phrases.issuperset(shared[id])]
-        if not telling:
+        nearest = max(telling, key=lambda id: (shares[id], id), default=None)
+        if nearest is None or shares[nearest] < self.share:
             return None
-        nearest = max(telling, key=lambda id: (shares[id], id))
         return Match(nearest, "ngram", " ".join(shared[nearest][0]), shares[nearest])

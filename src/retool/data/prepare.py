@@ -20,6 +20,7 @@ from retool.data.decontaminate import NGRAM, Index
 from retool.data.problem import Problem
 from retool.data.sets import SETS, load_problems, split_spec
 from retool.errors import DataError
+from retool.formats.calls import is_text
 from retool.grading.equivalence import equivalent
 from retool.store import write_file
 from retool.store.files import to_json
@@ -81,6 +82,14 @@ class Cleaning:
     share: float = 0.0
     """Overlaps with a smaller share of the evaluation problem are let pass; 0: none is."""
 
+    def index(self) -> Index:
+        """Of what ``against`` holds; an empty one matches nothing."""
+        return Index(_evaluation_problems(self.against), self.ngram, self.share)
+
+    def reads(self) -> list[str]:
+        """The places that ``against`` names."""
+        return [file or name for name, file in map(split_spec, self.against)]
+
 
 class _Copies:
     """The rows of one problem."""
@@ -111,7 +120,7 @@ def clean(problems: Iterable[Problem], wanted: Cleaning, report: Report) -> list
 
     The problems that are kept are held in memory, their copies are not.
     """
-    index = Index(evaluation_problems(wanted.against), wanted.ngram) if wanted.against else None
+    index = wanted.index()
     found: dict[bytes, _Copies] = {}
     spellings: dict[bytes, _Spelling] = {}
     for row, problem in enumerate(problems):
@@ -123,7 +132,7 @@ def clean(problems: Iterable[Problem], wanted: Cleaning, report: Report) -> list
             continue
         spelling = spellings.get(exact)
         if spelling is None:
-            if not _is_text(problem):
+            if not all(map(is_text, (problem.id, problem.question, problem.answer, problem.solution))):
                 report.drop("broken Unicode", problem.id, row=row)
                 continue
             bare = strip_wrapper(problem.question)
@@ -135,21 +144,11 @@ def clean(problems: Iterable[Problem], wanted: Cleaning, report: Report) -> list
         spelling.rows += 1
         spelling.answers.add(problem.answer)
         spelling.copies.add(problem.answer)
-    if index:
-        index.learn_phrases(copies.first.question for copies in found.values())
-    kept = [copies.first for copies in found.values() if _is_kept(copies, index, wanted, report)]
+    index.learn_phrases(copies.first.question for copies in found.values())
+    kept = [copies.first for copies in found.values() if _is_kept(copies, index, wanted.chinese, report)]
     report.kept = len(kept)
     report.notes |= _notes(found.values(), spellings.values())
     return kept
-
-
-def _is_text(problem: Problem) -> bool:
-    """JSON can spell half a character (``\\ud800``), which no file can hold."""
-    try:
-        "".join((problem.id, problem.question, problem.answer, problem.solution)).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _notes(found: Collection[_Copies], spellings: Collection[_Spelling]) -> dict[str, int]:
@@ -163,7 +162,7 @@ def _notes(found: Collection[_Copies], spellings: Collection[_Spelling]) -> dict
     }
 
 
-def evaluation_problems(specs: Iterable[str]) -> Iterator[Problem]:
+def _evaluation_problems(specs: Iterable[str]) -> Iterator[Problem]:
     """The problems of evaluation sets, each ``SET`` or ``SET=FILE``: of the test split, where a set has one."""
     for spec in specs:
         name, file = split_spec(spec)
@@ -175,9 +174,9 @@ def _splits(name: str) -> Collection[str]:
     return SETS[name].splits if name in SETS else ()
 
 
-def _is_kept(copies: _Copies, index: Index | None, wanted: Cleaning, report: Report) -> bool:
+def _is_kept(copies: _Copies, index: Index, chinese: bool, report: Report) -> bool:
     problem = copies.first
-    if copies.chinese and not wanted.chinese:
+    if copies.chinese and not chinese:
         report.drop("Chinese", problem.id, copies.rows, row=copies.row)
         return False
     if len(copies.answers) > 1:
@@ -188,8 +187,8 @@ def _is_kept(copies: _Copies, index: Index | None, wanted: Cleaning, report: Rep
         return False
     if copies.rows > 1:
         report.drop("duplicate", problem.id, copies.rows - 1, row=copies.row)
-    match = index.match(problem.question) if index else None
-    if match is None or match.share < wanted.share:
+    match = index.match(problem.question)
+    if match is None:
         return True
     for least in (1.0, 0.8, 0.5):
         note = f"contaminated rows, copies included, that share at least {least:.0%}"
@@ -223,7 +222,7 @@ def prepare(
     started = time.perf_counter()
     report = Report(spec)
     wanted = wanted or Cleaning()
-    check_out(out, file or spec, *(file or name for name, file in map(split_spec, wanted.against)))
+    check_out(out, file or spec, *wanted.reads())
     kept = clean(load_problems(spec, file=file, columns=columns, split=split), wanted, report)
     if limit and len(kept) > limit:
         report.dropped["over --limit"] = len(kept) - limit
@@ -233,9 +232,7 @@ def prepare(
             f"{file or spec}: none of {report.read} rows is left ({dict(report.dropped)}); nothing is written"
         )
     write_problems(out, kept, split or next(iter(_splits(spec)), "train"))
-    report.seconds = round(time.perf_counter() - started, 2)
-    report.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    write_report(out, report.to_json(), report.rows)
+    close_report(out, report, started)
     return report
 
 
@@ -268,18 +265,36 @@ def beside(out: Path, ending: str) -> Path:
     return out.with_name(f"{out.stem}.{ending}")
 
 
-def write_report(out: Path, counts: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the counts and the rows that were dropped.
+def close_report(out: Path, report: Report, started: float) -> None:
+    """Add what the work took since ``started`` (``time.perf_counter``), and write the counts and what was dropped.
 
     Raises:
         DataError: a file cannot be written.
     """
-    _write(beside(out, "report.json"), to_json(dict(counts), indent=2) + "\n")
-    _write(beside(out, "dropped.jsonl"), "".join(to_json(dict(row)) + "\n" for row in rows))
+    report.seconds = round(time.perf_counter() - started, 2)
+    report.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    write_counts(out, report.to_json())
+    write_lines(beside(out, "dropped.jsonl"), report.rows)
 
 
-def _write(path: Path, content: bytes | str) -> None:
+def write_counts(out: Path, counts: Mapping[str, Any]) -> None:
+    """The file of counts beside ``out``. Raises as ``write_whole``."""
+    write_whole(beside(out, "report.json"), to_json(counts, indent=2) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A JSON Lines file. Raises as ``write_whole``."""
+    write_whole(path, "".join(to_json(row) + "\n" for row in rows))
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write the file whole, or not at all; its folder is made where there is none.
+
+    Raises:
+        DataError: it cannot be written.
+    """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); give another place") from None
@@ -310,4 +325,4 @@ def write_problems(out: Path, problems: Sequence[Problem], split: str) -> None:
     sink = io.BytesIO()
     schema = _schema(pa.string() if named else pa.int64())
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
-    _write(out, sink.getvalue())
+    write_whole(out, sink.getvalue())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from retool.data.prompts import prompt_messages
 from retool.formats import tags
-from retool.formats.calls import tool_call
+from retool.formats.calls import is_text, tool_call
 from retool.formats.tags import Block, Kind
 from retool.grading.answers import extract_answer
 from retool.types import Message
@@ -78,6 +78,8 @@ def _contents(row: Any) -> tuple[str, str]:
     prompt, response = (message.get("content") for message in messages)
     if not isinstance(prompt, str) or not isinstance(response, str):
         raise RowError("a message whose content is no text")
+    if not (is_text(prompt) and is_text(response)):
+        raise RowError("half of a surrogate pair")
     if not response.strip():
         raise RowError("empty response")
     return prompt, response

@@ -82,6 +82,16 @@ def split_spec(spec: str) -> tuple[str, str]:
     return name.strip(), file.strip()
 
 
+def set_name(spec: str) -> str:
+    """What a set's problems are called after: its name, or that of its file."""
+    return spec if spec in SETS else Path(spec).name.split(".")[0]
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether the hub could have a repository of that name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
 def set_rows(spec: str, *, file: str = "", split: str = "") -> Iterator[Row]:
     """The rows of a set as they stand.
 
@@ -107,7 +117,7 @@ def set_rows(spec: str, *, file: str = "", split: str = "") -> Iterator[Row]:
         raise DataError(f"{place}: no such file; give the path of a file ({', '.join(FILES)}) or of a folder")
     if known:
         return hub_rows(known.hub, hub_split, known.config)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+    if not is_hub_name(spec):
         raise ConfigError(
             f"data set {spec!r}: unknown; give one of {', '.join(SETS)}, a file ({', '.join(FILES)}), or owner/name"
         )
@@ -134,7 +144,7 @@ def load_problems(
             raise ConfigError(f"column {name!r}: there is no such field; map one of {', '.join(FIELDS)}")
     found = set_rows(spec, file=file, split=split)
     place = file or (known.hub if known else spec)
-    source = spec if known else Path(spec).name.split(".")[0]
+    source = set_name(spec)
     prefix = f"{source}/{split or next(iter(known.splits))}" if known and len(known.splits) > 1 else source
     # By what the set is, not by how a file is called; the hub's name may stand for the set's.
     annotated = spec in ("gsm8k", SETS["gsm8k"].hub)

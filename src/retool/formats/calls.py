@@ -26,6 +26,15 @@ _JSON = json.JSONDecoder()
 _JSON_ERRORS = (ValueError, RecursionError)
 
 
+def is_text(text: str) -> bool:
+    """Whether a file can hold the text: JSON can spell half of a surrogate pair (``\\ud800``), which none can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def tool_call(code: str) -> dict[str, Any]:
     """A call of the tool, as chat templates take it."""
     return {"type": "function", "function": {"name": TOOL_NAME, "arguments": {"code": code}}}
@@ -51,9 +60,7 @@ def _check(payload: object) -> tuple[str | None, str | None]:
     code = arguments["code"]
     if not isinstance(code, str):
         return None, f'"code" must be a string, not {type(code).__name__}'
-    try:
-        code.encode()
-    except UnicodeEncodeError:
+    if not is_text(code):
         return None, '"code" holds half of a surrogate pair, which is no text'
     return code, None
 

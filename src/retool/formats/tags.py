@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
+from retool.formats.calls import is_text
 from retool.types import ToolCall
 
 CODE_OPEN, CODE_CLOSE = "<code>", "</code>"
@@ -181,9 +182,7 @@ def find_calls(text: str) -> list[ToolCall]:
 def _call(code: str, raw: str) -> ToolCall:
     if not code.strip():
         return ToolCall(None, "the code is empty", raw)
-    try:
-        code.encode()
-    except UnicodeEncodeError:
+    if not is_text(code):
         return ToolCall(None, "the code holds half of a surrogate pair, which is no text", raw)
     return ToolCall(code, None, raw)
 

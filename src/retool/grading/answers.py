@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-# A backslash takes the next character with it, so that \{ and \} group nothing.
 TAIL = 10_000
 """Characters of a text in whose end an answer without a box is looked for."""
 _SAID = re.compile(r"\banswer\s*(?:is|are|:)\s*:?\s*(?P<answer>[^\n]+)", re.IGNORECASE)
@@ -14,6 +13,7 @@ MAX_GLUE = 60
 """Characters between two boxes of one list."""
 _LIST_GLUE = re.compile(r"[\s$,;]*(?:\\(?:quad|qquad|,|;| |text\s*\{\s*(?:and|or)\s*\})|and|or|[\s$,;])*")
 _VALUE = re.compile(r"\$\$?([^$]+)\$\$?|\\[(\[](.+?)\\[)\]]|-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+# A backslash takes the next character with it, so that \{ and \} group nothing.
 _MARKS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 

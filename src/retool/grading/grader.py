@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from retool.config import RLConfig
 from retool.grading.answers import extract_answer, find_answer
 from retool.grading.equivalence import equivalent
-from retool.grading.rewards import Reward
+from retool.grading.rewards import Reward, find_reward
 from retool.grading.verifier import SHARED, Counts, Verifier
 from retool.protocols import Grader
 from retool.types import Grade, Trajectory, TrajectoryGroup
@@ -39,6 +40,15 @@ class BoxedGrader:
             return strict
         earlier = (extract_answer(text) for text in reversed(texts[:-1]))
         return next((found for found in earlier if found is not None), None) or find_answer(texts[-1])
+
+
+def judge(groups: Iterable[TrajectoryGroup], config: RLConfig) -> Counts:
+    """``grade_groups`` as the recipe wants it.
+
+    Raises:
+        ConfigError: see ``rewards.find_reward``.
+    """
+    return grade_groups(groups, BoxedGrader(lenient=config.grading == "lenient"), find_reward(config.reward))
 
 
 def grade_groups(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from retool.data.outputs import changes_reasoning, same_output
 from retool.formats import tags
+from retool.formats.calls import is_text
 from retool.formats.tags import Block, Kind
 from retool.grading.answers import extract_answer
 from retool.grading.equivalence import equivalent
@@ -95,11 +96,10 @@ def check_text(text: str, finish: str, truth: str, *, textual: bool = False) -> 
 
 
 def _split(text: str) -> list[Block]:
+    if not is_text(text):
+        raise RejectedError("format: half of a surrogate pair")
     try:
-        text.encode()
         return tags.split(text)
-    except UnicodeEncodeError:
-        raise RejectedError("format: half of a surrogate pair") from None
     except tags.TagError as error:
         raise RejectedError(f"format: {error.reason}") from None
 

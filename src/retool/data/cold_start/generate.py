@@ -25,7 +25,7 @@ from retool.data.cold_start.journal import Journal, Key, fingerprint, set_aside
 from retool.data.cold_start.report import SAMPLES, ColdStartReport, code_statistics, samples_page
 from retool.data.cold_start.teacher import AskError, Budget, BudgetSpentError, Spent, Teacher, TeacherConfig
 from retool.data.conversations import Row, write_conversations
-from retool.data.prepare import Cleaning, Report, beside, check_out, clean
+from retool.data.prepare import Cleaning, Report, beside, check_out, clean, write_counts, write_whole
 from retool.data.problem import Problem
 from retool.data.prompts import prompt_messages
 from retool.data.retool_sft import to_messages
@@ -35,9 +35,7 @@ from retool.formats.tags import Block, Kind
 from retool.progress import Progress
 from retool.protocols import Sandbox
 from retool.sandbox.choose import open_sandbox
-from retool.store import write_file
-from retool.store.files import to_json
-from retool.types import Conversation
+from retool.types import Conversation, Message
 
 GIVE_UP = 20
 """Problems in a row without an answer (or twice the concurrency, if that is more) after which the teacher is left
@@ -91,15 +89,22 @@ class _State:
     """Why the teacher is not asked any more, though there is a budget."""
     in_a_row: int = 0
     """Problems without an answer since the last answer."""
+    asked: list[Key] = field(init=False)
+    """Where each answer stands in the journal."""
 
-    def asked(self, place: int) -> Key:
-        problem, sample = self.wanted[place]
-        messages = prompt.messages_for(problem, stateful=self.job.sandbox.stateful)
-        return Key(problem.id, sample, fingerprint(*(str(message["content"]) for message in messages)))
+    def __post_init__(self) -> None:
+        self.asked = [
+            Key(problem.id, sample, fingerprint(*(str(message["content"]) for message in self.question(problem))))
+            for problem, sample in self.wanted
+        ]
+
+    def question(self, problem: Problem) -> list[Message]:
+        """What the teacher is asked."""
+        return prompt.messages_for(problem, stateful=self.job.sandbox.stateful)
 
     def entry(self, place: int) -> dict[str, Any]:
         """The answer that was written down, or what is known of failures; empty: nothing is."""
-        return self.answers.entries.get(self.asked(place), {})
+        return self.answers.entries.get(self.asked[place], {})
 
     def judged(self, place: int) -> Key:
         """Where the verdict on the answer stands: it depends on the truth, too."""
@@ -128,7 +133,7 @@ def generate(job: Job, progress: Progress) -> ColdStartReport:
             answered is kept.
     """
     started = time.monotonic()
-    check_out(job.out, job.file or job.spec)
+    check_out(job.out, job.file or job.spec, *job.cleaning.reads())
     cleaning = Report(job.spec)
     # Not within the event loop: reading a large set takes minutes, and Ctrl-C ends it at once only out here.
     found = clean(load_problems(job.spec, file=job.file, columns=job.columns, split=job.split), job.cleaning, cleaning)
@@ -149,7 +154,7 @@ def generate(job: Job, progress: Progress) -> ColdStartReport:
         answers.close()
         verdicts.close()
     report.seconds = round(time.monotonic() - started, 1)
-    write_file(beside(job.out, "report.json"), to_json(report.to_json(), indent=2) + "\n")
+    write_counts(job.out, report.to_json())
     return report
 
 
@@ -224,11 +229,11 @@ async def _ask(state: _State, place: int, teacher: Teacher) -> None:
     """Write down what the teacher answers, or why it does not."""
     if state.spent or state.given_up:
         return
-    key, before, (problem, _) = state.asked(place), state.entry(place), state.wanted[place]
+    key, before, (problem, _) = state.asked[place], state.entry(place), state.wanted[place]
     spent = Spent(int(before.get("attempts", 0)), int(before.get("lost_tokens", 0)))
     said: dict[str, Any] = {}
     try:
-        said = vars(await teacher.ask(prompt.messages_for(problem, stateful=state.job.sandbox.stateful), spent))
+        said = vars(await teacher.ask(state.question(problem), spent))
         state.in_a_row = 0
     except BudgetSpentError:
         state.spent = True
@@ -320,4 +325,4 @@ def _write(state: _State) -> None:
         write_conversations(state.job.out, rows)
     else:
         state.job.out.unlink(missing_ok=True)  # an earlier run's rows do not belong to this report
-    write_file(beside(state.job.out, "samples.md"), samples_page(kept, rejected))
+    write_whole(beside(state.job.out, "samples.md"), samples_page(kept, rejected))
