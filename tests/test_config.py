@@ -88,7 +88,7 @@ MISTAKES = [
     ("run.deterministic=maybe", "run.deterministic = 'maybe': "),
     # ranges
     ("rl.steps=0", "rl.steps = 0: input should be greater than or equal to 1"),
-    ("rl.group_size=1", "rl.group_size = 1: GRPO compares"),
+    ("rl.group_size=1", "rl.group_size = 1: grpo compares"),
     ("run.name=", "run.name = '': "),
     ("eval.temperature=inf", "eval.temperature = inf: input should be a finite number"),
     ("eval.temperature=nan", "eval.temperature = nan: "),

@@ -44,23 +44,31 @@ COMMANDS = {
 }
 OPTIM = "name lr muon_lr betas weight_decay warmup_steps schedule final_lr_share grad_clip"
 SETTINGS = {
-    "run": "name out seed deterministic resume threads",
+    "run": "name out seed deterministic resume threads keep_checkpoints trackers project",
     "model": "path tokenizer dtype device random_init",
+    "model.lora": "rank alpha dropout targets save_merged",
     "data": """train train_file test test_file columns against chinese train_size test_size test_split
         sft_tool_share""",
     "sandbox": """tier workers timeout_s cpu_s memory_mb output_kb file_mb max_files processes stateful session_idle_s
         preload retries url token concurrency""",
     "rollout": """format prompt_file tools max_turns max_response_tokens max_context max_observation_tokens
         max_malformed temperature top_p top_k""",
-    "engine": "kv_budget_mb max_live prefill_chunk",
+    "engine": "kv_budget_mb max_live prefill_chunk gradient_checkpointing",
     "sft": "steps epochs batch_size micro_batch_tokens max_tokens eval_every save_every",
     "sft.optim": OPTIM,
-    "rl": """algorithm steps prompts group_size minibatch_prompts micro_batch_tokens clip_low clip_high dual_clip reward
-        grading eval_every eval_size eval_split save_every""",
+    "rl": """algorithm advantage loss aggregation steps prompts group_size minibatch_prompts micro_batch_tokens clip_low
+        clip_high dual_clip entropy_bonus reward grading eval_every eval_size eval_split save_every""",
     "rl.optim": OPTIM,
-    "rl.critic": "gamma lam warmup_steps",
+    "rl.critic": "gamma lam warmup_steps value_clip whiten_advantages whiten_returns",
     "rl.critic.optim": OPTIM,
+    "rl.kl": "place coef estimator",
+    "rl.dynamic_sampling": "enabled max_rounds keep_surplus",
+    "rl.overlong": "buffer_share penalty filter",
+    "rl.correction": "level mode high low",
+    "rl.tail": "oversample partial",
     "eval": "k temperature top_p bootstrap",
+    "health": """stop_on window call_rate_low malformed_high entropy_low entropy_high gap_high zero_variance_high cut_high
+        infra_high spike max_skipped""",
 }
 
 
