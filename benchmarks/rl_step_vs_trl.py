@@ -326,7 +326,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
         tokenizer = load_tokenizer(str(args.model))
         tokenizer.response_schema = RESPONSE_SCHEMA
         fmt = HermesFormat(tokenizer)
-        tasks = [task for step in range(args.steps) for task in open_source(recipe).train_tasks(step, PROMPTS)]
+        tasks = open_source(recipe).train_tasks(0, args.steps * PROMPTS)
         sandbox = LocalSandbox(recipe.sandbox)
         background.wait(sandbox.start())
         try:

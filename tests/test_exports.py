@@ -16,7 +16,7 @@ from retool.config import Recipe
 
 TYPES = """Conversation Execution ExecutionRequest ExecutionResult ExecutionStatus Finish Grade Message SamplingParams
 StopReason Task TokenOutput ToolCall Trajectory TrajectoryGroup Turn"""
-ERRORS = "ConfigError DataError InfraError InvariantError ReToolError SandboxBroken SandboxRefused UserError"
+ERRORS = "ConfigError DataError HealthStop InfraError InvariantError ReToolError SandboxBroken SandboxRefused UserError"
 PROTOCOLS = "Grader Policy Sandbox Task ToolFormat Tracker"
 ENUMS = {
     types.ExecutionStatus: "ok error timeout memory output_limit killed infra",
@@ -67,8 +67,8 @@ SETTINGS = {
     "rl.correction": "level mode high low",
     "rl.tail": "oversample partial",
     "eval": "k temperature top_p bootstrap",
-    "health": """stop_on window call_rate_low malformed_high entropy_low entropy_high gap_high zero_variance_high cut_high
-        infra_high spike max_skipped""",
+    "health": """stop_on window call_rate_low malformed_high entropy_low entropy_high gap_high zero_variance_high
+        cut_high infra_high spike max_skipped""",
 }
 
 

@@ -32,13 +32,15 @@ def row(layer: int, *units: str, packages: str = "") -> Row:
 
 GROUND = ("types", "errors", "config", "protocols")
 MIDDLE = ("formats", "data", "grading", "sandbox", "store", "metrics", "progress")
-LEARNING = ("rollout", "algo", "engine")
+LEARNING = ("rollout", "tail", "algo", "engine")
 
 TABLE: dict[str, Row] = {
     "types": row(0),
     "errors": row(0),
     "config": row(0, "errors", packages="pydantic pydantic_core tomli_w"),
     "protocols": row(0, "types"),
+    "health": row(1, "types", "errors", "config", "metrics"),
+    "trackers": row(1, *GROUND, "store", packages="torch wandb tensorboard"),
     "formats": row(1, *GROUND, packages="tokenizers transformers"),
     "data": row(1, *GROUND, *MIDDLE, packages="datasets openai pyarrow"),
     "grading": row(1, *GROUND, packages="math_verify sympy latex2sympy2_extended"),
@@ -47,11 +49,16 @@ TABLE: dict[str, Row] = {
     "metrics": row(1, *GROUND, packages="numpy"),
     "progress": row(1, packages="rich"),
     "rollout": row(2, *GROUND, *MIDDLE),
+    "tail": row(2, "types", "rollout"),
     "algo": row(2, *GROUND, packages="torch"),
-    "engine": row(3, *GROUND, *MIDDLE, "rollout", "algo", packages="torch transformers safetensors tokenizers numpy"),
+    "engine": row(
+        3, *GROUND, *MIDDLE, "rollout", "algo", packages="torch transformers safetensors tokenizers numpy peft"
+    ),
     "cluster": row(3, *GROUND, *MIDDLE, "rollout", "algo", packages="torch verl ray"),
-    "sft": row(4, *GROUND, *MIDDLE, *LEARNING, packages="torch numpy"),
-    "rl": row(4, *GROUND, *MIDDLE, *LEARNING, "evaluate", packages="torch numpy"),
+    "collect": row(4, *GROUND, *MIDDLE, *LEARNING),
+    "update": row(4, *GROUND, "metrics", "algo", "engine", packages="torch"),
+    "sft": row(4, *GROUND, *MIDDLE, *LEARNING, "trackers"),
+    "rl": row(4, *GROUND, *MIDDLE, *LEARNING, "evaluate", "collect", "update", "health", "trackers"),
     "evaluate": row(4, *GROUND, *MIDDLE, *LEARNING, packages="torch numpy"),
     "nano": row(4, *GROUND, *MIDDLE, *LEARNING, packages="click torch numpy tokenizers transformers safetensors"),
     "doctor": row(4, *GROUND, "sandbox", packages="torch packaging"),
@@ -64,7 +71,19 @@ TABLE: dict[str, Row] = {
 }
 TABLE["cli"] = row(5, *TABLE, packages="click uvloop")
 
-NO_TORCH = ("types", "errors", "config", "protocols", "formats", "grading", "sandbox", "store", "metrics", "progress")
+NO_TORCH = (
+    "types",
+    "errors",
+    "config",
+    "protocols",
+    "formats",
+    "grading",
+    "sandbox",
+    "store",
+    "metrics",
+    "progress",
+    "health",
+)
 """Besides rollout and cli: what must be usable, and quick to import, where torch is not wanted."""
 
 

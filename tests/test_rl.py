@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from retool import evaluate, rl, sft
 from retool.algo.batch import Sample, micro_batches
-from retool.config import OptimConfig, Recipe, RLConfig, make_recipe
+from retool.config import Recipe, RLConfig, make_recipe
 from retool.data.sources import open_source
-from retool.engine.learner import Learner, token_logprobs
+from retool.engine.learner import token_logprobs
 from retool.engine.runtime import load_runtime, open_sandbox
 from retool.errors import UserError
 from retool.metrics import definition
@@ -24,6 +24,7 @@ from retool.progress import Progress
 from retool.rollout import run_groups
 from retool.store import RunFolder, read_metrics, read_trajectories
 from retool.types import Finish, StopReason, Task, TokenOutput, Trajectory, TrajectoryGroup, Turn
+from retool.update import Lesson, Trainer, set_advantages
 from tests.engine.test_learner import CONFIGS, make_model
 
 QUIET = Progress(quiet=True)
@@ -44,11 +45,23 @@ def make_group(rewards: list[float], failed: list[float] | None = None) -> Traje
     return TrajectoryGroup(Task("t", "s", [], "1"), kept, lost)
 
 
+def samples_of(groups: list[TrajectoryGroup], **config: Any) -> list[Sample]:
+    """What is learnt from the groups."""
+    lessons = [
+        Lesson(t, number, Sample(t.ids_T, t.mask_T, t.logprobs_T))
+        for number, group in enumerate(groups)
+        for t in group.trajectories
+    ]
+    return [lesson.sample for lesson in set_advantages(lessons, RLConfig(**config))]
+
+
+def trainer_of(model: Any, config: dict[str, Any]) -> Trainer:
+    return Trainer(model, make_recipe({"rl": config}))
+
+
 def test_a_trajectory_becomes_exactly_its_ids_and_its_mask() -> None:
     """Prompt and observation are 0 in the mask; log-probabilities stand at their tokens."""
-    group = make_group([1.0, -1.0])
-    rl.set_advantages([group])
-    first, second = rl.to_samples([group])
+    first, second = samples_of([make_group([1.0, -1.0])])
     assert first.ids_T == [1, 2, 3, 10, 11, 20, 21, 22, 30]
     assert first.mask_T == [0, 0, 0, 1, 1, 0, 0, 0, 1]
     assert first.logprobs_T == [0, 0, 0, -1.0, -2.0, 0, 0, 0, -3.0]
@@ -58,36 +71,30 @@ def test_a_trajectory_becomes_exactly_its_ids_and_its_mask() -> None:
 
 def test_groups_of_equal_rewards_are_dropped() -> None:
     groups = [make_group([1.0, 1.0]), make_group([-1.0, -1.0]), make_group([1.0, -1.0])]
-    rl.set_advantages(groups)
+    assert len(samples_of(groups)) == 2
     assert [t.advantage is None for g in groups for t in g.trajectories] == [True] * 4 + [False] * 2
-    assert len(rl.to_samples(groups)) == 2
 
 
 def test_infra_failures_do_not_move_the_advantages_of_the_others() -> None:
     whole, without = make_group([1.0, -1.0, -1.0], failed=[-1.0, 1.0]), make_group([1.0, -1.0, -1.0])
-    rl.set_advantages([whole])
-    rl.set_advantages([without])
+    assert samples_of([whole]) == samples_of([without])
     assert [t.advantage for t in whole.trajectories] == [t.advantage for t in without.trajectories]
     assert all(t.advantage is None for t in whole.infra_failed)
-    assert len(rl.to_samples([whole])) == 3
 
 
 def test_groups_left_with_one_or_none_are_dropped() -> None:
-    groups = [make_group([1.0]), make_group([])]
-    rl.set_advantages(groups)
-    assert rl.to_samples(groups) == []
+    assert samples_of([make_group([1.0]), make_group([])]) == []
 
 
 def test_an_update_raises_what_was_good_and_lowers_what_was_bad() -> None:
     model = make_model(CONFIGS[0])
     group = make_group([1.0, -1.0])
-    rl.set_advantages([group])
 
     def total(sample: Sample) -> float:
         with torch.no_grad():
             return sum(float(token_logprobs(model, b)[0].sum()) for b in micro_batches([sample], 1000))
 
-    samples = rl.to_samples([group])
+    samples = samples_of([group])
     before = [total(s) for s in samples]
     for t in group.trajectories:  # on-policy: the sampler's log-probabilities are the model's own
         (batch,) = micro_batches([Sample(t.ids_T, t.mask_T, t.logprobs_T)], 1000)
@@ -95,8 +102,7 @@ def test_an_update_raises_what_was_good_and_lowers_what_was_bad() -> None:
         for turn in t.turns:
             turn.output.logprobs[:] = [next(own) for _ in turn.output.logprobs]
         del t.__dict__["logprobs_T"]
-    learner = Learner(model, OptimConfig(lr=1e-3), total_steps=1, micro_batch_tokens=1000)
-    metrics = rl.update(learner, [group], RLConfig(prompts=1, steps=1), 1.0)
+    metrics = trainer_of(model, {"prompts": 1, "steps": 1, "optim": {"lr": 1e-3}}).step([group], 0, 0)
     good, bad = (total(s) - b for s, b in zip(samples, before, strict=True))
     assert good > 0 > bad
     assert metrics["training/rollout_logprob_gap_max"] < 1e-5
@@ -104,20 +110,16 @@ def test_an_update_raises_what_was_good_and_lowers_what_was_bad() -> None:
 
 
 def test_several_mini_batches_make_several_updates() -> None:
-    groups = [make_group([1.0, -1.0]) for _ in range(4)]
-    rl.set_advantages(groups)
-    learner = Learner(make_model(CONFIGS[0]), OptimConfig(lr=1e-2), total_steps=4, micro_batch_tokens=1000)
-    metrics = rl.update(learner, groups, RLConfig(prompts=4, minibatch_prompts=1), 1.0)
+    trainer = trainer_of(make_model(CONFIGS[0]), {"prompts": 4, "minibatch_prompts": 1})
+    metrics = trainer.step([make_group([1.0, -1.0]) for _ in range(4)], 0, 0)
     assert metrics["actor/updates"] == 4
-    assert learner.step_count == 4
+    assert trainer.actor.step_count == 4
 
 
 def test_a_step_with_nothing_to_learn_makes_no_update() -> None:
-    groups = [make_group([1.0, 1.0])]
-    rl.set_advantages(groups)
-    learner = Learner(make_model(CONFIGS[0]), OptimConfig(), total_steps=1, micro_batch_tokens=1000)
-    assert rl.update(learner, groups, RLConfig(prompts=1), 1.0)["actor/updates"] == 0
-    assert learner.step_count == 0
+    trainer = trainer_of(make_model(CONFIGS[0]), {"prompts": 1})
+    assert trainer.step([make_group([1.0, 1.0])], 0, 0)["actor/updates"] == 0
+    assert trainer.actor.step_count == 0
 
 
 # --- whole small runs, with the packaged model, the real sandbox and the real engine ---------------------------------
@@ -274,9 +276,7 @@ def test_sampler_and_learner_agree_on_log_probabilities(tmp_path: Path) -> None:
         for i, trajectory in enumerate(group.trajectories):
             trajectory.reward = (-1.0) ** i
     assert sum(len(t.turns) > 1 for g in groups for t in g.trajectories) > 10
-    rl.set_advantages(groups)
-    learner = Learner(runtime.model, recipe.rl.optim, total_steps=1, micro_batch_tokens=2000)
-    metrics = rl.update(learner, groups, RLConfig(prompts=6), 1.0)
+    metrics = trainer_of(runtime.model, {"prompts": 6, "micro_batch_tokens": 2000}).step(groups, 0, 0)
     assert 0 < metrics["training/rollout_logprob_gap_max"] <= 1e-3
 
 

@@ -23,7 +23,7 @@ EVAL_STEP = -1
 
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: evaluate the recipe's model on its split. Returns what ``summary.json`` holds."""
-    find_checkpoint(recipe, "eval")  # refuses the folder of another job
+    find_checkpoint(recipe, "eval", progress.line)  # refuses the folder of another job
     runtime = load_runtime(recipe)
     tasks = open_source(recipe).eval_tasks(recipe.data.test_split, recipe.data.test_size)
     folder = begin_run(recipe)

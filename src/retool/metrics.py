@@ -268,6 +268,7 @@ def rollout_metrics(groups: list[TrajectoryGroup]) -> dict[str, float]:
     count for (the mean length of no code) is left out, not zero. The interval's resamples have a fixed seed."""
     metrics: dict[str, float | None] = {"infra/trajectories": sum(len(g.infra_failed) for g in groups)}
     trajectories = _kept(groups)
+    metrics["rollout/trajectories"] = len(trajectories)
     if not trajectories:
         return {name: float(value) for name, value in metrics.items() if value is not None}
     means = _problem_means(groups)
@@ -305,6 +306,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "response_length/clip_ratio": "Share of trajectories that ran out of room (max_tokens or context_full).",
         "prompt_length/<mean|max|min>": "Tokens of the prompt, over trajectories.",
         "num_turns/<mean|max|min>": "User + assistant + tool-answer messages, as in verl: calls ≈ (num_turns − 2) / 2.",
+        "rollout/trajectories": "Trajectories of the step, those lost to the infrastructure not counted.",
         "tokens/sampled": "Tokens that the policy sampled in the step.",
         "tokens/observed": "Tokens that the environment appended in the step.",
         "group/zero_variance_share": "Share of groups whose rewards are all equal: they teach nothing.",
@@ -315,6 +317,15 @@ SECTIONS: dict[str, dict[str, str]] = {
         "grading/timeouts": "Of those, answers that it could not judge in time: they count as wrong.",
         "grading/crashes": "Of those, answers that ended its process (out of memory): they count as wrong.",
         "grading/over_budget": "Of those, answers not asked about: the step's time for such was spent; wrong.",
+    },
+    "Dynamic sampling and the long tail": {
+        "sampling/rounds": "Draws of rl.prompts tasks that the step needed.",
+        "sampling/replaced": "Groups all right or all wrong, which others took the place of: rolled out for nothing.",
+        "sampling/surplus": "Mixed groups that the batch had no room for.",
+        "sampling/missing": "Groups that the batch lacks, since rl.dynamic_sampling.max_rounds was reached.",
+        "tail/groups_left": "Groups that were begun and not waited for.",
+        "tail/tokens_left": "Tokens sampled for them so far.",
+        "tail/carried_tokens": "Tokens that the step did not have to sample, since earlier steps had.",
     },
     "Calls of the tool": {
         "tool/call_rate": "Share of trajectories that executed code at least once.",
@@ -349,18 +360,32 @@ SECTIONS: dict[str, dict[str, str]] = {
         "actor/lr": "Learning rate of the step.",
         "<actor|train>/tokens": "Learnt tokens of the step.",
         "<actor|train>/skipped": "1 where the gradient was not finite and the step changed no weight, else 0.",
-        "actor/updates": "Optimiser steps that the step made; 0 where every group was dropped.",
+        "<actor|critic>/updates": "Optimiser steps that the step made; 0 where every group was dropped.",
+        "actor/kl_loss": "Mean of the KL estimate (rl.kl.estimator) that is added to the loss.",
+        "actor/reference_kl": "Mean estimate of KL(policy ‖ reference) over sampled tokens, when the step began.",
         "critic/advantages/<mean|max|min>": "Advantage of a sampled token.",
+        "critic/vf_loss": "Value loss: token mean of half the clipped squared error.",
+        "critic/vf_clipfrac": "Share of sampled tokens whose value had moved beyond rl.critic.value_clip.",
+        "critic/vf_explained_var": "1 − Var(return − value) / Var(return) over sampled tokens, before the update.",
+        "critic/vpred_mean": "Mean value of a sampled token during the update.",
+        "critic/values/mean": "Mean value of a sampled token when the step began.",
+        "critic/returns/mean": "Mean return (advantage + value) of a sampled token.",
+        "critic/grad_norm": "L2 norm of the critic's gradient before clipping.",
+        "critic/lr": "Learning rate of the critic.",
+        "training/staleness_<mean|max>": "Weight updates since the oldest token of a trajectory was sampled.",
+        "training/rollout_is_weight_<mean|max>": "Importance weight of a sampled token (rl.correction).",
+        "training/rollout_is_bounded_share": "Share of sampled tokens whose weight was truncated, or masked to 0.",
         "training/rollout_logprob_gap_mean": "Mean |learner − sampler| log-probability over sampled tokens.",
         "training/rollout_logprob_gap_max": "Largest |learner − sampler| log-probability of a sampled token.",
         "train/loss": "Supervised loss: mean negative log-likelihood of the learnt tokens, in nats.",
         "train/lr": "Learning rate of the supervised step.",
         "train/grad_norm": "L2 norm of the supervised gradient before clipping.",
         "val/loss": "train/loss on held-out conversations.",
-        "actor/skipped": "Updates that changed nothing because their gradient was not finite.",
+        "<actor|critic>/skipped": "Updates that changed nothing because their gradient was not finite.",
         "tokens/learnt": "Sampled tokens that the step learnt from: the loss's denominator.",
         "perf/rollout_tokens_per_s": "tokens/sampled by timing_s/rollout.",
         "perf/throughput": "Prompt and response tokens of the step by timing_s/step (as in verl, on one device).",
+        "health/<alarm>": "1 in a step in which this alarm was raised (docs/health.md).",
         "timing_s/<part>": "Seconds of wall time that this part of the step took; timing_s/step is the whole.",
     },
     "Evaluation (summary.json)": {

@@ -20,6 +20,10 @@ class Policy(Protocol):
         """The session is over; forget what was kept for it. Unknown sessions are ignored."""
         ...
 
+    def interrupt(self) -> None:
+        """End every turn that is being sampled, with the tokens so far and ``Finish.ABORT``."""
+        ...
+
 
 class Sandbox(Protocol):
     """Runs code that nobody trusts."""

@@ -1,5 +1,5 @@
-"""Reinforcement learning on the final answer's correctness (GRPO). ``train`` is the whole algorithm, top-down:
-sample tasks → roll out groups → grade → advantages → update → log."""
+"""Reinforcement learning on the final answer's correctness. ``train`` is the whole algorithm, top-down:
+sample tasks → roll out groups → grade → advantages → update → log → check → keep."""
 
 from __future__ import annotations
 
@@ -8,114 +8,157 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from retool.algo.advantages import grpo, is_zero_variance
-from retool.algo.batch import MicroBatch, Sample
-from retool.algo.losses import ppo_clip
-from retool.config import Recipe, RLConfig
+from retool.collect import Collector
+from retool.config import Recipe
 from retool.data.sources import Source, open_source
-from retool.engine.learner import Learner
-from retool.engine.model import release_memory, use_threads
-from retool.engine.runtime import (
-    Runtime,
-    begin_run,
-    find_checkpoint,
-    load_runtime,
-    load_trainer_state,
-    open_sandbox,
-    step_of,
-)
-from retool.errors import ConfigError
+from retool.engine.checkpoint import load_state, save_checkpoint
+from retool.engine.model import load_model, release_memory, use_threads
+from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, open_sandbox, step_of
+from retool.errors import HealthStop, InfraError
 from retool.evaluate import sample as sample_evaluation
-from retool.grading.grader import judge
 from retool.grading.rewards import find_reward
+from retool.health import Monitor
 from retool.metrics import rollout_metrics, validation_metrics
 from retool.progress import Progress
 from retool.protocols import Sandbox
-from retool.rollout import run_groups
 from retool.store import RunFolder
+from retool.store.best import Best
+from retool.trackers import check_trackers, open_trackers
 from retool.types import TrajectoryGroup
+from retool.update import Trainer
 
 
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
-    """The job: load, train, leave checkpoints. Returns what ``summary.json`` holds."""
-    if recipe.rl.algorithm != "grpo":
-        raise ConfigError(
-            f"rl.algorithm = {recipe.rl.algorithm!r}: the local engine has no critic yet; use 'grpo', or --dry-run"
-        )
+    """The job: load, train, leave checkpoints. Returns what ``summary.json`` holds.
+
+    Raises:
+        HealthStop: an alarm of ``health.stop_on``, or steps in a row without a finite gradient.
+        InfraError: the disk or the sandbox failed; what was kept is whole.
+    """
     find_reward(recipe.rl.reward)  # a name that leads nowhere must not cost a model's loading
-    checkpoint = find_checkpoint(recipe, "rl")
+    check_trackers(recipe)
+    checkpoint = find_checkpoint(recipe, "rl", progress.line)
     runtime = load_runtime(recipe, checkpoint)
+    moved = checkpoint is not None and recipe.rl.kl.place != "off" and not recipe.model.lora.rank
+    reference = load_model(recipe.model)[0] if moved else None
     folder = begin_run(recipe, checkpoint)
 
     async def job() -> dict[str, Any]:
         async with open_sandbox(recipe) as sandbox:
-            return await train(runtime, folder, sandbox, progress=progress, done=step_of(checkpoint))
+            return await train(
+                runtime, folder, sandbox, progress=progress, done=step_of(checkpoint), reference=reference
+            )
 
     return asyncio.run(job())
 
 
 async def train(
-    runtime: Runtime, folder: RunFolder, sandbox: Sandbox, *, progress: Progress, done: int = 0, label: str = "RL"
+    runtime: Runtime,
+    folder: RunFolder,
+    sandbox: Sandbox,
+    *,
+    progress: Progress,
+    done: int = 0,
+    label: str = "RL",
+    reference: Any = None,
 ) -> dict[str, Any]:
     """Train ``runtime.model`` in place.
 
     Args:
-        done: steps that the model has behind it; the trainer's state of that step is in the folder.
+        done: steps that the model has behind it; the job's state of that step is in the folder.
+        reference: the model that the run began with, for a KL penalty; None: ``runtime.model`` as it is.
     """
-    recipe, config, seed = runtime.recipe, runtime.recipe.rl, runtime.recipe.run.seed
-    folder.write_environment(job="rl", seed=seed, device=str(runtime.model.device))
-    source = open_source(recipe)
+    recipe, config = runtime.recipe, runtime.recipe.rl
+    folder.write_environment(job="rl", seed=recipe.run.seed, device=str(runtime.model.device))
     policy = runtime.policy()
-    rollout = runtime.rollout(policy, sandbox)
-    learner = Learner(
-        runtime.model, config.optim, total_steps=config.steps * updates_per_step(config),
-        micro_batch_tokens=config.micro_batch_tokens,
-    )  # fmt: skip
+    source = open_source(recipe)
+    collector = Collector(recipe, runtime.rollout(policy, sandbox), source)
+    trainer = Trainer(runtime.model, recipe, reference=reference)
+    monitor = Monitor(recipe.health, compares_groups=config.compares_groups)
+    best = Best("val-core/")
     if done:
-        learner.load_state_dict(load_trainer_state(folder.checkpoint_path(done)))
+        state, left_over = load_state(folder.checkpoint_path(done))
+        trainer.load_state_dict(state["trainer"])
+        collector.load(state["collector"], left_over)
+        policy.policy_version = state["policy_version"]
+        monitor.replay(folder.metrics())
+        best.found = state["best"]
+        best.publish(folder)
     if done >= config.steps:
         progress.line(f"{label}: all {config.steps} steps are done already, in {folder.path}")
         return folder.summary()
-    tracker = folder.tracker()
+    tracker = open_trackers(folder, recipe, progress.line, job="rl", done=done)
     summary: dict[str, Any] = {"steps": config.steps}
 
     with progress.stage(label, total=config.steps) as stage:
         stage.advance(done)
         for step in range(done, config.steps):
             clock = Clock()
-            with clock.time("rollout"):
+            with clock.time("collect"):
                 use_threads(recipe.run, sandbox=True)
-                tasks = source.train_tasks(step, config.prompts)
-                groups = await run_groups(rollout, tasks, config.group_size, seed=seed, step=step)
-            with clock.time("grade"):
-                judged = await asyncio.to_thread(judge, groups, config)
-                set_advantages(groups)
+                batch = await collector.collect()
             with clock.time("train"):
                 release_memory()
                 use_threads(recipe.run, sandbox=False)
-                metrics = update(learner, groups, config, recipe.rollout.temperature or 1.0)
+                metrics = trainer.step(batch.groups, step, policy.policy_version)
                 policy.weights_updated()
                 release_memory()
-            metrics |= rollout_metrics(groups) | judged.metrics()
+            metrics |= rollout_metrics(batch.rolled) | batch.metrics
             if config.eval_every and (step + 1) % config.eval_every == 0:
                 with clock.time("eval"):
                     metrics |= await validate(runtime, source, sandbox, config.eval_size, step)
             with clock.time("save"):
-                folder.write_step(step + 1, groups)
-            metrics |= clock.seconds() | throughput(groups, metrics, clock)
+                write_step(folder, step + 1, batch.rolled)
+            metrics |= clock.seconds() | throughput(batch.rolled, metrics, clock)
+            alarms = monitor.check(step + 1, metrics)
+            metrics |= {f"health/{alarm.name}": 1.0 for alarm in alarms}
             tracker.log(step + 1, metrics)
-            # Last: a checkpoint stands for a step whose trajectories and metrics are on the disk already.
-            if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
-                summary["checkpoint"] = str(runtime.save_checkpoint(folder, step + 1, learner))
+            for alarm in alarms:
+                progress.line(f"! {alarm.line}")
+            # A checkpoint stands for a step whose trajectories and metrics are on the disk already.
+            last, fatal = step + 1 == config.steps, monitor.fatal(alarms)
+            better = best.update(step + 1, metrics)
+            if last or better or (config.save_every and (step + 1) % config.save_every == 0):
+                best.publish(folder)
+                state = {
+                    "trainer": trainer.state_dict(),
+                    "collector": collector.state(),
+                    "policy_version": policy.policy_version,
+                    "best": best.found,
+                }
+                summary["checkpoint"] = str(save_checkpoint(
+                    folder, step + 1, recipe, runtime.model, runtime.tokenizer, state,
+                    left_over=collector.left_over(), last=last,
+                ))  # fmt: skip
             stage.advance(**figures(metrics))
+            if fatal is not None:
+                raise HealthStop(f"{fatal.line}. The run ends here; {_kept(folder)}")
     tracker.close()
     folder.write_summary(summary)
     return summary
+
+
+def _kept(folder: RunFolder) -> str:
+    checkpoint = folder.latest_checkpoint()
+    return f"its last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+
+
+def write_step(folder: RunFolder, step: int, groups: list[TrajectoryGroup]) -> Path:
+    """The step's trajectories into the run folder.
+
+    Raises:
+        InfraError: they cannot be written.
+    """
+    try:
+        return folder.write_step(step, groups)
+    except OSError as error:
+        raise InfraError(
+            f"trajectories of step {step} could not be written to {folder.path} ({error.strerror or error}); "
+            f"{_kept(folder)}: mend this and type the same command again"
+        ) from error
 
 
 def figures(metrics: dict[str, float]) -> dict[str, float]:
@@ -130,73 +173,6 @@ def figures(metrics: dict[str, float]) -> dict[str, float]:
     }
     found = {label: metrics.get(name, float("nan")) for label, name in shown.items()}
     return {label: value for label, value in found.items() if math.isfinite(value)}
-
-
-def updates_per_step(config: RLConfig) -> int:
-    return config.prompts // (config.minibatch_prompts or config.prompts)
-
-
-def set_advantages(groups: list[TrajectoryGroup]) -> None:
-    """Each trajectory's advantage from its group's rewards. In a group of equal rewards it stays None: such a group
-    teaches nothing and is dropped, so that its tokens are not in the loss's denominator either."""
-    for group in groups:
-        rewards_G = torch.tensor([t.reward for t in group.trajectories])
-        if len(rewards_G) and not is_zero_variance(rewards_G):
-            for trajectory, advantage in zip(group.trajectories, grpo(rewards_G).tolist(), strict=True):
-                trajectory.advantage = advantage
-
-
-def to_samples(groups: list[TrajectoryGroup]) -> list[Sample]:
-    """The trajectories that have an advantage, as the learner takes them."""
-    return [
-        Sample(t.ids_T, t.mask_T, t.logprobs_T, t.advantage)
-        for group in groups
-        for t in group.trajectories
-        if t.advantage is not None
-    ]
-
-
-def update(learner: Learner, groups: list[TrajectoryGroup], config: RLConfig, temperature: float) -> dict[str, float]:
-    """One optimiser step for each mini-batch of tasks. Returns the actor's metrics, means over the mini-batches; the
-    log-probability gap is that of the first one, before any weight has changed."""
-
-    def loss(logprobs_N: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        policy_loss = ppo_clip(
-            logprobs_N, batch.old_logprobs_N, batch.advantages_N,
-            clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
-        )  # fmt: skip
-        gap_N = (logprobs_N.detach() - batch.old_logprobs_N).abs()
-        return policy_loss.loss_N, {
-            "actor/pg_clipfrac": policy_loss.clipped_N,
-            "actor/pg_clipfrac_lower": policy_loss.dual_clipped_N,
-            "actor/ppo_kl": policy_loss.kl_N,
-            "training/rollout_logprob_gap_mean": gap_N,
-            "training/rollout_logprob_gap_max": gap_N,
-            "critic/advantages/mean": batch.advantages_N,
-        }
-
-    size = config.minibatch_prompts or config.prompts
-    parts = []
-    for start in range(0, len(groups), size):
-        samples = to_samples(groups[start : start + size])
-        if samples:
-            parts.append(learner.update(samples, loss, temperature=temperature))
-    return actor_metrics(parts)
-
-
-def actor_metrics(parts: list[dict[str, float]]) -> dict[str, float]:
-    """The updates of a step as one set of metrics; where every group was dropped, only that no update was made."""
-    metrics = {"actor/updates": float(len(parts)), "actor/skipped": sum(p["skipped"] for p in parts)}
-    if not parts:
-        return metrics
-    names = {"loss": "actor/pg_loss", "entropy": "actor/entropy", "grad_norm": "actor/grad_norm", "lr": "actor/lr"}
-    for name in parts[0]:
-        if name.startswith("training/"):
-            metrics[name] = parts[0][name]
-        elif name in names or "/" in name:
-            metrics[names.get(name, name)] = sum(p[name] for p in parts) / len(parts)
-    metrics["tokens/learnt"] = sum(p["tokens"] for p in parts)
-    return metrics
 
 
 async def validate(runtime: Runtime, source: Source, sandbox: Sandbox, size: int, step: int) -> dict[str, float]:
@@ -227,6 +203,6 @@ def throughput(groups: list[TrajectoryGroup], metrics: dict[str, float], clock: 
     """Tokens a second, sampled ones over the rollout and all of them over the step."""
     total = sum(len(t.prompt_ids) + t.response_length for g in groups for t in g.trajectories)
     return {
-        "perf/rollout_tokens_per_s": metrics.get("tokens/sampled", 0.0) / max(1e-9, clock.parts["rollout"]),
+        "perf/rollout_tokens_per_s": metrics.get("tokens/sampled", 0.0) / max(1e-9, metrics["timing_s/rollout"]),
         "perf/throughput": total / max(1e-9, sum(clock.parts.values())),
     }

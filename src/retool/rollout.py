@@ -79,28 +79,57 @@ def session_id(step: int, task_id: str, sample: int) -> str:
     return f"{step}/{task_id}/{sample}"
 
 
-async def run_trajectory(rollout: Rollout, task: Task, sample: int, *, seed: int, step: int) -> Trajectory:
+async def run_trajectory(
+    rollout: Rollout,
+    task: Task,
+    sample: int,
+    *,
+    seed: int,
+    step: int,
+    start: Trajectory | None = None,
+    pause: asyncio.Event | None = None,
+) -> Trajectory:
     """One attempt at a task, ended by a ``StopReason``. The sessions at the policy and the sandbox are released however
     this ends.
+
+    Args:
+        start: a paused attempt to go on with; it is left as it is.
+        pause: once it is set, and the policy interrupted, the attempt is given back as it stands, ``stop_reason`` None;
+            code that runs is waited for. A turn that was cut off is the last one, with ``Finish.ABORT``.
 
     Raises:
         InvariantError: the policy broke its promise, or the ids are not what was sampled and observed.
         InfraError: the sandbox cannot run anything at all.
     """
-    trajectory = Trajectory(task, sample, rollout.fmt.prompt_ids(task.messages, tools=rollout.config.tools))
+    if start is None:
+        trajectory = Trajectory(task, sample, rollout.fmt.prompt_ids(task.messages, tools=rollout.config.tools))
+    else:
+        trajectory = replace(start, turns=list(start.turns))  # a new object has derived nothing yet
+    begun = _cut_off(trajectory)
     session = session_id(step, task.id, sample)
-    ids = list(trajectory.prompt_ids)
+    ids = list(trajectory.ids_T)
     try:
-        while trajectory.stop_reason is None:
-            await _take_turn(
-                rollout, trajectory, ids, session, turn_seed(seed, step, task.id, sample, len(trajectory.turns))
-            )
+        while trajectory.stop_reason is None and not (pause and pause.is_set()):
+            turn = turn_seed(seed, step, task.id, sample, len(trajectory.turns))
+            await _take_turn(rollout, trajectory, ids, session, turn, begun=begun, pause=pause)
+            begun = None
     finally:
         rollout.policy.release(session)
         if rollout.stateful and rollout.sandbox is not None:
             rollout.sandbox.release(session)
+    if begun is not None:  # paused again before it could go on
+        trajectory.turns.append(Turn(begun, rollout.fmt.decode(begun.token_ids)))
+        ids += begun.token_ids
+    trajectory = replace(trajectory)
     _check_trajectory(trajectory, ids)
     return trajectory
+
+
+def _cut_off(trajectory: Trajectory) -> TokenOutput | None:
+    """Take the turn out that was cut off, if the last one was."""
+    if trajectory.stop_reason is None and trajectory.turns and trajectory.turns[-1].output.finish is Finish.ABORT:
+        return trajectory.turns.pop().output
+    return None
 
 
 async def run_groups(
@@ -135,25 +164,42 @@ async def run_groups(
         first = seen[task.id]
         seen[task.id] += group_size
         runs += [run(task, first + index) for index in range(group_size)]
-    finished = await _together(runs)
+    finished = await run_all(runs)
     groups = []
     for index, task in enumerate(tasks):
-        group = finished[index * group_size : (index + 1) * group_size]
-        lost = [t for t in group if t.stop_reason is StopReason.INFRA]
-        groups.append(TrajectoryGroup(task, [t for t in group if t.stop_reason is not StopReason.INFRA], lost))
+        groups.append(make_group(task, finished[index * group_size : (index + 1) * group_size]))
     return groups
 
 
-async def _take_turn(rollout: Rollout, trajectory: Trajectory, ids: list[int], session: str, seed: int) -> None:
-    """Sample a turn, run its calls, append what came of it to ``trajectory`` and ``ids``; set the stop reason if the
-    trajectory ends here."""
+def make_group(task: Task, trajectories: Sequence[Trajectory]) -> TrajectoryGroup:
+    """The group of a task's finished trajectories, those that the infrastructure lost apart."""
+    lost = [t for t in trajectories if t.stop_reason is StopReason.INFRA]
+    return TrajectoryGroup(task, [t for t in trajectories if t.stop_reason is not StopReason.INFRA], lost)
+
+
+async def _take_turn(
+    rollout: Rollout,
+    trajectory: Trajectory,
+    ids: list[int],
+    session: str,
+    seed: int,
+    *,
+    begun: TokenOutput | None = None,
+    pause: asyncio.Event | None = None,
+) -> None:
+    """Sample a turn (``begun`` is what there is of it already), run its calls, append what came of it to ``trajectory``
+    and ``ids``; set the stop reason if the trajectory ends here."""
     room, full = _room(rollout.config, trajectory)
     if room < 1:
         trajectory.stop_reason = full
         return
-    output, text = await _sample(rollout, ids, _sampling(rollout, room, seed), session)
-    calls = rollout.fmt.find_calls(text) if rollout.config.tools else []
+    output, text = await _sample(rollout, ids, _sampling(rollout, room, seed), session, begun, pause)
     ids += output.token_ids
+    if output.finish is Finish.ABORT and pause and pause.is_set():
+        if output.token_ids:
+            trajectory.turns.append(Turn(output, text))
+        return
+    calls = rollout.fmt.find_calls(text) if rollout.config.tools else []
 
     ending = _ending(rollout.config, trajectory, output, calls, full)
     if ending is not None:
@@ -178,21 +224,30 @@ async def _take_turn(rollout: Rollout, trajectory: Trajectory, ids: list[int], s
     ids += observation
 
 
-async def _sample(rollout: Rollout, ids: list[int], params: SamplingParams, session: str) -> tuple[TokenOutput, str]:
+async def _sample(
+    rollout: Rollout,
+    ids: list[int],
+    params: SamplingParams,
+    session: str,
+    begun: TokenOutput | None,
+    pause: asyncio.Event | None,
+) -> tuple[TokenOutput, str]:
     """What the policy says next, and its text. A stop string inside a call that is still being written (a program that
-    prints the tag) ends nothing: the same turn goes on, with random numbers of its own."""
-    so_far, part = TokenOutput([], [], Finish.STOP), params
+    prints the tag) ends nothing: the same turn goes on, as one that was cut off does, with random numbers of its own.
+    """
+    so_far = begun or TokenOutput([], [], Finish.STOP)
     for piece in range(1, MAX_PIECES + 1):
-        # The policy may keep the list that it is given; ours grows.
-        output = await rollout.policy.generate([*ids, *so_far.token_ids], part, session=session)
-        _check_output(output, part)
-        if so_far.token_ids:
-            output = replace(
-                output,
-                token_ids=so_far.token_ids + output.token_ids,
-                logprobs=so_far.logprobs + output.logprobs,
-                policy_version=min(so_far.policy_version, output.policy_version),
-            )
+        done = len(so_far.token_ids)
+        if pause and pause.is_set():
+            output = replace(so_far, finish=Finish.ABORT)
+        else:
+            part = params
+            if done:
+                part = replace(params, max_tokens=params.max_tokens - done, seed=_seed_of([params.seed, done]))
+            # The policy may keep the list that it is given; ours grows.
+            output = await rollout.policy.generate([*ids, *so_far.token_ids], part, session=session)
+            _check_output(output, part)
+            output = _joined(so_far, output) if done else output
         text = rollout.fmt.decode(output.token_ids)
         ended = output.finish is not Finish.STOP or output.token_ids[-1] in params.stop_token_ids
         if ended or not params.stop or rollout.fmt.is_over(text) or piece == MAX_PIECES:
@@ -201,10 +256,17 @@ async def _sample(rollout: Rollout, ids: list[int], params: SamplingParams, sess
             output = replace(output, finish=Finish.LENGTH)
             break
         so_far = output
-        part = replace(
-            params, max_tokens=params.max_tokens - len(output.token_ids), seed=_seed_of([params.seed, piece])
-        )
     return output, text
+
+
+def _joined(first: TokenOutput, second: TokenOutput) -> TokenOutput:
+    """Two pieces of a turn as one, which is as old as its oldest token."""
+    return replace(
+        second,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+        policy_version=min(first.policy_version, second.policy_version),
+    )
 
 
 def _room(config: RolloutConfig, trajectory: Trajectory) -> tuple[int, StopReason]:
@@ -246,7 +308,7 @@ def _ending(
 async def _execute(rollout: Rollout, calls: list[ToolCall], session: str) -> list[ExecutionResult | None]:
     """What came of a turn's calls: all at once, or one after the other where they share an interpreter."""
     if not rollout.stateful:
-        return await _together(_answer(rollout, call) for call in calls)
+        return await run_all(_answer(rollout, call) for call in calls)
     executions: list[ExecutionResult | None] = []
     for call in calls:
         lost = any(result is not None and result.status is ExecutionStatus.INFRA for result in executions)
@@ -283,7 +345,7 @@ def _observe(
     return rollout.fmt.observation_ids(texts, output)
 
 
-async def _together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def run_all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of all, in order. On the first error, or when cancelled, the rest are cancelled and awaited before
     that error is raised: none is left running, and no ``finally`` is skipped."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]

@@ -9,19 +9,23 @@ from typing import Any
 from retool.algo.batch import Sample
 from retool.config import Recipe
 from retool.data.sources import open_source
+from retool.engine.checkpoint import load_state, save_checkpoint
 from retool.engine.learner import Learner, supervised
 from retool.engine.model import use_threads
-from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, load_trainer_state, step_of
+from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, step_of
 from retool.errors import DataError
 from retool.formats.chat import ChatFormat
 from retool.progress import Progress
 from retool.store import RunFolder
+from retool.store.best import Best
+from retool.trackers import check_trackers, open_trackers
 from retool.types import Conversation
 
 
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: load, train, leave a checkpoint. Returns what ``summary.json`` holds."""
-    checkpoint = find_checkpoint(recipe, "sft")
+    check_trackers(recipe)
+    checkpoint = find_checkpoint(recipe, "sft", progress.line)
     runtime = load_runtime(recipe, checkpoint)
     folder = begin_run(recipe, checkpoint)
     return train(runtime, folder, progress=progress, done=step_of(checkpoint))
@@ -43,8 +47,12 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
         raise DataError(f"sft.max_tokens = {config.max_tokens}: all {too_long} conversations are longer; raise it")
     steps = config.steps or -(-len(samples) * config.epochs // config.batch_size)
     learner = Learner(runtime.model, config.optim, total_steps=steps, micro_batch_tokens=config.micro_batch_tokens)
+    best = Best("val/loss", higher=False)
     if done:
-        learner.load_state_dict(load_trainer_state(folder.checkpoint_path(done)))
+        state, _ = load_state(folder.checkpoint_path(done))
+        learner.load_state_dict(state["learner"])
+        best.found = state["best"]
+        best.publish(folder)
     if done >= steps:
         progress.line(f"SFT: all {steps} steps are done already, in {folder.path}")
         return folder.summary()
@@ -54,7 +62,7 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
         )
 
     use_threads(runtime.recipe.run, sandbox=False)
-    tracker = folder.tracker()
+    tracker = open_trackers(folder, runtime.recipe, progress.line, job="sft", done=done)
     summary: dict[str, Any] = {"steps": steps, "conversations": len(samples), "too_long": too_long}
     with progress.stage("SFT", total=steps) as stage:
         stage.advance(done)
@@ -74,8 +82,14 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
             stage.advance(
                 **{name.partition("/")[2]: metrics[name] for name in ("train/loss", "val/loss") if name in metrics}
             )
-            if last or (config.save_every and (step + 1) % config.save_every == 0):
-                summary["checkpoint"] = str(runtime.save_checkpoint(folder, step + 1, learner))
+            better = best.update(step + 1, metrics)
+            if last or better or (config.save_every and (step + 1) % config.save_every == 0):
+                best.publish(folder)
+                state = {"learner": learner.state_dict(), "best": best.found}
+                path = save_checkpoint(
+                    folder, step + 1, runtime.recipe, runtime.model, runtime.tokenizer, state, last=last
+                )
+                summary["checkpoint"] = str(path)
     tracker.close()
     folder.write_summary(summary)
     return summary

@@ -45,7 +45,7 @@ def test_training_is_cleaned_and_an_evaluation_kept_out(tmp_path: Path) -> None:
     Path(train).write_text(Path(train).read_text() + json.dumps({"question": "求 x", "answer": "1"}) + "\n")
     exam = problems(tmp_path / "exam.jsonl", 1)
     source = open_source(recipe(train=train, test=exam, against=[exam], chinese=False))
-    seen = {task.messages[-1]["content"] for step in range(9) for task in source.train_tasks(step, 2)}
+    seen = {task.messages[-1]["content"] for task in source.train_tasks(0, 18)}
     dev = {task.messages[-1]["content"] for task in source.eval_tasks("dev", 99)}
     assert seen | dev == {f"What is {n}+0?" for n in range(1, 21)} and not seen & dev
     (task,) = source.eval_tasks("test", 99)

@@ -11,7 +11,7 @@ from retool.algo.batch import MicroBatch, Sample, micro_batches
 from retool.algo.losses import ppo_clip
 from retool.config import OptimConfig
 from retool.engine import learner as learner_module
-from retool.engine.learner import Learner, Loss, supervised, token_logprobs
+from retool.engine.learner import Learner, Loss, Outputs, supervised, token_logprobs
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -85,8 +85,8 @@ def test_entropy_and_temperature() -> None:
     torch.testing.assert_close(logprobs_N, distribution.log_prob(batch.target_N), atol=1e-4, rtol=1e-4)
 
 
-def rl_loss(logprobs_N: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return ppo_clip(logprobs_N, batch.old_logprobs_N, batch.advantages_N).loss_N, {}
+def rl_loss(outputs: Outputs, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return ppo_clip(outputs.logprobs_N, batch.old_logprobs_N, batch.advantages_N).loss_N, {}
 
 
 def gradients(samples: list[Sample], loss: Loss, micro_batch_tokens: int) -> tuple[float, torch.Tensor]:

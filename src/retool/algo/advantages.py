@@ -7,6 +7,8 @@ from torch import Tensor
 
 EPSILON = 1e-6
 """Added to a group's standard deviation, as verl and TRL do."""
+NO_SPREAD = 1e-10
+"""A variance of returns that is only rounding."""
 WHITEN_EPSILON = 1e-8
 """Added to a batch's variance, as verl does."""
 
@@ -106,7 +108,7 @@ def explained_variance(values_N: Tensor, returns_N: Tensor) -> float:
     """``1 − Var(returns − values) / Var(returns)``: 1 for a perfect critic, 0 for one that knows only the mean; NaN
     where all returns are equal."""
     spread = returns_N.var(correction=0)
-    return float(1 - (returns_N - values_N).var(correction=0) / spread) if spread > 0 else float("nan")
+    return float(1 - (returns_N - values_N).var(correction=0) / spread) if spread > NO_SPREAD else float("nan")
 
 
 def is_zero_variance(rewards_G: Tensor) -> bool:

@@ -3,8 +3,8 @@
 Nothing but click is imported before a command is known, so that ``retool --help`` answers at once.
 
 Exit codes: 0 done; 1 the thing asked about is not in order (a program in the sandbox failed, the doctor found something
-broken, the machine failed); 2 a mistake of the user; 130 Ctrl-C; 143 SIGTERM. With RETOOL_TRACEBACK=1 errors keep their
-traceback.
+broken, the machine failed, a run ended itself); 2 a mistake of the user; 130 Ctrl-C; 143 SIGTERM. With
+RETOOL_TRACEBACK=1 errors keep their traceback.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from retool.cli.cold_start import cold_start
 from retool.cli.common import EXIT_CTRL_C, EXIT_NOT_IN_ORDER, EXIT_SIGTERM, EXIT_USER_ERROR, QUIET, show_help
 from retool.cli.data import data
 from retool.cli.sandbox import sandbox
-from retool.errors import InfraError, UserError
+from retool.errors import HealthStop, InfraError, UserError
 
 if TYPE_CHECKING:
     from retool.config import Recipe
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None, *, load: Callable[[str], Job] =
         except _InterruptedError:
             print("retool: terminated" if terminated else "retool: interrupted", file=sys.stderr)
             return EXIT_SIGTERM if terminated else EXIT_CTRL_C
-        except (click.ClickException, UserError, InfraError) as error:
+        except (click.ClickException, UserError, InfraError, HealthStop) as error:
             if os.environ.get("RETOOL_TRACEBACK") == "1":
                 raise
             if isinstance(error, click.UsageError):
@@ -284,4 +284,4 @@ def main(arguments: Sequence[str] | None = None, *, load: Callable[[str], Job] =
                 _complain(f"{error.format_message()} See '{command} --help'.")
             else:
                 _complain(error.format_message() if isinstance(error, click.ClickException) else str(error))
-            return EXIT_NOT_IN_ORDER if isinstance(error, InfraError) else EXIT_USER_ERROR
+            return EXIT_NOT_IN_ORDER if isinstance(error, InfraError | HealthStop) else EXIT_USER_ERROR

@@ -224,7 +224,7 @@ class HealthConfig(Section):
     """Alarms that end the run, by name."""
     window: int = Field(default=5, ge=1)
     """Steps over which a step is judged: a mean of so many for shares, a median for spikes."""
-    call_rate_low: float = Field(default=0.02, ge=0, le=1)
+    call_rate_low: float = Field(default=0.02, ge=0, lt=0.2)
     """``no_calls``: the mean call rate fell below this after it was above five times this."""
     malformed_high: float = Field(default=0.3, ge=0, le=1)
     entropy_low: float = Field(default=0.01, ge=0)

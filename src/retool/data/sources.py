@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 class Source(Protocol):
     """What the jobs need of a data set."""
 
-    def train_tasks(self, step: int, count: int) -> list[Task]:
-        """The tasks of an RL step: a function of the seed and the step alone."""
+    def train_tasks(self, first: int, count: int) -> list[Task]:
+        """Tasks ``first``, ``first + 1``, … of RL's endless stream: a function of the seed and these numbers alone."""
         ...
 
     def eval_tasks(self, split: str, count: int) -> list[Task]:
@@ -47,9 +47,16 @@ class World:
 
     def __init__(self, recipe: Recipe):
         self.config, self.seed, self.format = recipe.data, recipe.run.seed, recipe.rollout.format
+        self.block = recipe.rl.prompts
+        """Tasks are made in blocks, each with its share of every family."""
 
-    def train_tasks(self, step: int, count: int) -> list[Task]:
-        return world.make_tasks("train", count, f"rl/{self.seed}/{step}")
+    def train_tasks(self, first: int, count: int) -> list[Task]:
+        blocks = range(first // self.block, -(-(first + count) // self.block))
+        tasks = [task for block in blocks for task in self._block(block)]
+        return tasks[first % self.block :][:count]
+
+    def _block(self, number: int) -> list[Task]:
+        return world.make_tasks("train", self.block, f"rl/{self.seed}/{number}")
 
     def eval_tasks(self, split: str, count: int) -> list[Task]:
         return world.make_tasks(split, count, "eval")
@@ -95,10 +102,10 @@ class Sets:
         """The recipe's columns are those of files of one's own."""
         return {} if spec in SETS else self.config.columns
 
-    def train_tasks(self, step: int, count: int) -> list[Task]:
+    def train_tasks(self, first: int, count: int) -> list[Task]:
         tasks = self._training[: -_dev_count(len(self._training))]
         chosen: list[Task] = []
-        for place in range(step * count, (step + 1) * count):
+        for place in range(first, first + count):
             epoch, index = divmod(place, len(tasks))
             chosen.append(tasks[_epoch_order(self.seed, epoch, len(tasks))[index]])
         return chosen

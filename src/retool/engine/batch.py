@@ -143,6 +143,11 @@ class Batch:
             if self.active[slot].dropped:
                 self._leave(slot)
 
+    def so_far(self) -> dict[str, tuple[list[int], list[float]]]:
+        """By session, the tokens and log-probabilities of the turns that are being decoded."""
+        decoding = self.active[: self.joining.first] if self.joining else self.active
+        return {row.session: self.turns.so_far(slot) for slot, row in enumerate(decoding) if not row.dropped}
+
     def unpark(self, row: Row) -> None:
         """The row's session is over: if it is parked, its slot is free."""
         if self.parked.get(row.slot) is row:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
@@ -121,11 +122,17 @@ def random_architecture(sizes: dict[str, int], vocabulary: int) -> Qwen2Config:
     return Qwen2Config(tie_word_embeddings=True, attn_implementation=ATTENTION, **whole)
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, state: dict[str, Tensor] | None = None
+) -> None:
     """Write the model and its tokenizer in Hugging Face layout into an existing folder, without a word of ours: the
-    attention implementation saved is the default one, so that any program loads it."""
+    attention implementation saved is the default one, so that any program loads it.
+
+    Args:
+        state: other weights for it, under the model's names (an adapter merged in).
+    """
     with _default_attention(model):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
 
 

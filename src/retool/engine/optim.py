@@ -16,6 +16,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of Muon's quintic iteration (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
 NEWTON_SCHULZ_STEPS = 5
 MUON_MOMENTUM = 0.95
+NOT_HIDDEN = ("embed", "lm_head", "value_head")
+"""Matrices that are no hidden layers: no weight decay, no Muon."""
 
 
 def orthogonalise(matrices_KMN: Tensor) -> Tensor:
@@ -61,22 +63,65 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * scale)
 
 
-def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """The optimisers of a recipe; together they hold every trainable parameter once.
+class MasterWeights:
+    """fp32 copies of trainable parameters that are held in half precision, for the optimiser to work on.
+
+    In bf16 a weight keeps 8 bits: at a learning rate of 1e-6 nearly every update would be rounded away. Micro-batches'
+    gradients are summed in fp32 too. Parameters in fp32 are their own masters, and nothing here costs anything.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.pairs = [
+            (p, nn.Parameter(p.detach().float(), requires_grad=True))
+            for p in model.parameters()
+            if p.requires_grad and p.dtype != torch.float32
+        ]
+        self._of = {id(p): master for p, master in self.pairs}
+
+    def of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimiser holds in a parameter's place."""
+        return self._of.get(id(parameter), parameter)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """After a backward pass: add the gradients to the masters'."""
+        for p, master in self.pairs:
+            if p.grad is not None:
+                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                p.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """After an optimiser step: round the masters into the model."""
+        for p, master in self.pairs:
+            p.copy_(master)
+
+    def state(self) -> list[Tensor]:
+        return [master.detach() for _, master in self.pairs]
+
+    @torch.no_grad()
+    def load(self, state: list[Tensor]) -> None:
+        for (_, master), saved in zip(self.pairs, state, strict=True):
+            master.copy_(saved)
+
+
+def make_optimizers(
+    model: nn.Module, config: OptimConfig, masters: MasterWeights | None = None
+) -> list[torch.optim.Optimizer]:
+    """The optimisers of a recipe; together they hold every trainable parameter, or its master, once.
 
     Vectors and embeddings get no weight decay."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    is_matrix = {name: p.ndim == 2 and "embed" not in name and "lm_head" not in name for name, p in trainable}
+    masters = masters or MasterWeights(model)
+    trainable = [(name, masters.of(p)) for name, p in model.named_parameters() if p.requires_grad]
+    is_matrix = {name: p.ndim == 2 and not any(part in name for part in NOT_HIDDEN) for name, p in trainable}
     matrices = [p for name, p in trainable if is_matrix[name]]
     others = [p for name, p in trainable if not is_matrix[name]]
     adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": 1e-8}
     if config.name == "muon":
-        return [
-            Muon(matrices, config.muon_lr, config.weight_decay),
-            torch.optim.AdamW(others, weight_decay=0.0, **adam),
-        ]
+        found: list[torch.optim.Optimizer] = [Muon(matrices, config.muon_lr, config.weight_decay)]
+        return [*found, torch.optim.AdamW(others, weight_decay=0.0, **adam)] if others else found
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [torch.optim.AdamW(groups, **adam)]
+    return [torch.optim.AdamW([group for group in groups if group["params"]], **adam)]
 
 
 def lr_share(step: int, total: int, config: OptimConfig) -> float:

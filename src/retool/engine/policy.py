@@ -128,6 +128,19 @@ class LocalPolicy:
         if self._queue and self._loop and not self._loop.is_closed():
             self._wake(self._loop)
 
+    def interrupt(self) -> None:
+        """End every turn that is being sampled or waits for its first token, with the tokens so far
+        (``Finish.ABORT``)."""
+        partly = self._batch.so_far()
+        for row in list(self._sessions.values()):
+            request = row.request
+            if request is None or request.future.done():
+                continue
+            tokens, logprobs = partly.get(row.session, ([], []))
+            request.future.set_result(TokenOutput(tokens, logprobs, Finish.ABORT, self.policy_version))
+            del self._sessions[row.session]
+            self._drop(row)
+
     def weights_updated(self) -> None:
         """The weights have changed: everything that was computed with the old ones is forgotten.
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retool.config import Recipe, recipe_toml
-from retool.engine.learner import Learner
-from retool.engine.model import load_model, prepare_torch, save_model
+from retool.engine.checkpoint import ADAPTER
+from retool.engine.lora import add_lora, load_adapter
+from retool.engine.model import load_model, prepare_torch
 from retool.engine.policy import LocalPolicy
 from retool.errors import UserError
 from retool.formats import make_format
@@ -21,9 +20,7 @@ from retool.formats.chat import ChatFormat
 from retool.protocols import Sandbox
 from retool.rollout import Rollout
 from retool.sandbox import choose
-from retool.store import RunFolder, write_directory
-
-TRAINER_STATE = "trainer_state.pt"
+from retool.store import RunFolder
 
 
 @dataclass
@@ -59,22 +56,24 @@ class Runtime:
             stateful=recipe.sandbox.stateful,
         )
 
-    def save_checkpoint(self, folder: RunFolder, step: int, learner: Learner) -> Path:
-        """Model, tokenizer and trainer state after ``step`` steps, written aside and renamed."""
-        path = folder.checkpoint_path(step)
-        with write_directory(path) as aside:
-            save_model(self.model, self.tokenizer, aside)
-            torch.save(learner.state_dict(), aside / TRAINER_STATE)
-        return path
 
+def load_runtime(recipe: Recipe, checkpoint: Path | None = None) -> Runtime:
+    """Load the recipe's model, or go on from ``checkpoint``: a whole model, or the adapter that is trained on it.
 
-def load_runtime(recipe: Recipe, model_path: Path | None = None) -> Runtime:
-    """Load the recipe's model, or the checkpoint at ``model_path``."""
+    Raises:
+        ConfigError: see ``load_model`` and ``add_lora``.
+    """
     prepare_torch(recipe.run)
-    config = recipe.model
-    if model_path is not None:
-        config = config.model_copy(update={"path": str(model_path), "tokenizer": "", "random_init": {}})
+    config, adapted = recipe.model, recipe.model.lora.rank > 0
+    if checkpoint is not None and not adapted:
+        config = config.model_copy(update={"path": str(checkpoint), "tokenizer": "", "random_init": {}})
     model, tokenizer = load_model(config)
+    if adapted:
+        add_lora(model, config.lora, recipe.run.seed)
+        if checkpoint is not None:
+            load_adapter(model, checkpoint / ADAPTER)
+    if recipe.engine.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return Runtime(recipe, model, tokenizer, make_format(recipe.rollout, tokenizer))
 
 
@@ -88,9 +87,10 @@ async def open_sandbox(recipe: Recipe) -> AsyncIterator[Sandbox]:
         await sandbox.close()
 
 
-def find_checkpoint(recipe: Recipe, job: str) -> Path | None:
-    """The checkpoint to go on from, where the same job and recipe have left one in the recipe's run folder. Makes
-    nothing: a job that cannot load what it needs leaves no folder behind.
+def find_checkpoint(recipe: Recipe, job: str, complain: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from, where the same job and recipe have left one in the recipe's run folder: the newest
+    whose bytes are whole; ``complain`` hears of those that are not. Makes nothing: a job that cannot load what it needs
+    leaves no folder behind.
 
     Raises:
         UserError: the folder holds another job or another recipe, or ``run.resume`` is never and there is one.
@@ -103,7 +103,7 @@ def find_checkpoint(recipe: Recipe, job: str) -> Path | None:
     other = folder.environment().get("job", job)
     if other != job:
         raise UserError(f"run.name = {recipe.run.name!r}: {path} holds a run of {other}; choose another name")
-    checkpoint = folder.latest_checkpoint()
+    checkpoint = folder.sound_checkpoint(complain)
     if checkpoint and folder.config() != tomllib.loads(recipe_toml(recipe)):
         raise UserError(
             f"run.name = {recipe.run.name!r}: {path} holds a run with other settings; choose another name, remove it, "
@@ -123,8 +123,3 @@ def begin_run(recipe: Recipe, checkpoint: Path | None = None) -> RunFolder:
 def step_of(checkpoint: Path | None) -> int:
     """How many steps a checkpoint has behind it; 0 without one."""
     return int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
-
-
-def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(checkpoint / TRAINER_STATE, weights_only=True)
-    return state

@@ -215,6 +215,11 @@ class Turns:
         found: list[int] = over_R.nonzero()[:, 0].tolist()
         return [first + r for r in found]
 
+    def so_far(self, slot: int) -> tuple[list[int], list[float]]:
+        """A slot's tokens and log-probabilities."""
+        count = int(self.ints[slot, COUNT])
+        return self.tokens[slot, :count].tolist(), self.logprobs[slot, :count].tolist()
+
     def verdict(self, slot: int, params: SamplingParams, stops: StopStrings) -> tuple[Finish | None, list[int]]:
         """Whether and why a slot's turn is over, and its tokens so far."""
         line: list[int] = self.ints[slot].tolist()

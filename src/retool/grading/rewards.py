@@ -41,6 +41,18 @@ def verl(trajectory: Trajectory) -> float:
     return min(BEST_WRONG, WRONG + CALL_BONUS * (trajectory.num_turns - 2) / 2)
 
 
+def overlong_punishment(length: int, limit: int, buffer: int, penalty: float) -> float:
+    """Soft overlong punishment, DAPO (arXiv 2503.14476, eq. 13), times ``penalty``: 0 up to ``limit − buffer`` tokens,
+    then falling in a line to −1 at ``limit``.
+
+    Args:
+        length: tokens of the response, sampled and observed.
+        buffer: 0 punishes nobody.
+    """
+    over = length - (limit - buffer)
+    return -penalty * min(1.0, over / buffer) if buffer > 0 and over > 0 else 0.0
+
+
 REWARDS: dict[str, Reward] = {"paper": paper, "verl": verl}
 
 

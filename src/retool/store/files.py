@@ -14,7 +14,7 @@ from typing import Any
 
 from retool.errors import DataError
 
-ASIDE, OLD = ".aside", ".old"
+ASIDE, OLD, GONE = ".aside", ".old", ".gone"
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def recover(folder: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.rename(target)
-    for entry in list(folder.glob(f".*{ASIDE}")):
+    for entry in [*folder.glob(f".*{ASIDE}"), *folder.glob(f".*{GONE}")]:
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:

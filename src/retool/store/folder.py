@@ -10,13 +10,14 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from retool.config import Recipe, recipe_toml
 from retool.errors import DataError, UserError
+from retool.store.checkpoints import fault_of, remove
 from retool.store.files import JsonlTracker, read_metrics, recover, rewind_metrics, to_json, write_file
 from retool.store.trajectories import write_trajectories
 from retool.types import TrajectoryGroup
@@ -36,6 +37,7 @@ VERSIONED = (
     "vllm",
 )
 """Distributions whose versions bear on results."""
+BEST = "best.json"
 STEP_NAME = re.compile(r"step_(\d+)")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -201,9 +203,39 @@ class RunFolder:
         steps = self.checkpoint_steps()
         return self.checkpoint_path(steps[-1]) if steps else None
 
+    def sound_checkpoint(self, complain: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint whose bytes are those that were written; each newer one that is not is named by one
+        line."""
+        for step in reversed(self.checkpoint_steps()):
+            fault = fault_of(self.checkpoint_path(step))
+            if fault is None:
+                return self.checkpoint_path(step)
+            complain(f"checkpoint {self.checkpoint_path(step)}: {fault}; it is not used")
+        return None
+
+    def write_best(self, best: dict[str, Any] | None) -> None:
+        """``checkpoints/best.json``: ``step``, ``metric`` and ``value`` of the best checkpoint by validation; None
+        where there is none yet."""
+        path = self.path / "checkpoints" / BEST
+        if best is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_file(path, to_json(best, indent=2) + "\n")
+
+    def best(self) -> dict[str, Any] | None:
+        """What ``write_best`` wrote."""
+        return self._read(f"checkpoints/{BEST}", json.loads) or None
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Remove all but the ``keep`` newest checkpoints and the best one; 0 keeps all."""
+        best = (self.best() or {}).get("step")
+        old = self.checkpoint_steps()[:-keep] if keep else []
+        remove(self.checkpoint_path(step) for step in old if step != best)
+
     def rewind(self, step: int) -> None:
-        """Forget metrics and trajectories of steps after ``step``, before a run is taken up from its checkpoint."""
+        """Forget metrics, trajectories and checkpoints of steps after ``step``, before a run is taken up from there."""
         rewind_metrics(self.metrics_path, step)
+        remove(self.checkpoint_path(later) for later in self.checkpoint_steps() if later > step)
         for later in self.trajectory_steps():
             if later > step:
                 self.step_trajectories(later).unlink()
