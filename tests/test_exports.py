@@ -16,7 +16,9 @@ from retool.config import Recipe
 
 TYPES = """Conversation Execution ExecutionRequest ExecutionResult ExecutionStatus Finish Grade Message SamplingParams
 StopReason Task TokenOutput ToolCall Trajectory TrajectoryGroup Turn"""
-ERRORS = "ConfigError DataError HealthStop InfraError InvariantError ReToolError SandboxBroken SandboxRefused UserError"
+ERRORS = (
+    "ConfigError DataError HealthError InfraError InvariantError ReToolError SandboxBroken SandboxRefused UserError"
+)
 PROTOCOLS = "Grader Policy Sandbox Task ToolFormat Tracker"
 ENUMS = {
     types.ExecutionStatus: "ok error timeout memory output_limit killed infra",

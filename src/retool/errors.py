@@ -7,7 +7,7 @@ ReToolError
 │   └── SandboxRefused   this machine cannot give the isolation that was asked for
 ├── InfraError           the machine failed, not the model and not the user: retried, then counted
 │   └── SandboxBroken    the sandbox could not run anything at all
-├── HealthStop           a run ended itself: an alarm that the recipe takes for the end, or nothing finite to learn from
+├── HealthError          a run ended itself: an alarm that the recipe takes for the end, or nothing finite to learn from
 └── InvariantError       a promise of the program is broken: a bug, shown with its traceback
 """
 
@@ -40,7 +40,7 @@ class SandboxBroken(InfraError):
     """The sandbox could not run anything at all."""
 
 
-class HealthStop(ReToolError):
+class HealthError(ReToolError):
     """A run ended itself because of an alarm; its last checkpoint is whole."""
 
 

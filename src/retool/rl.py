@@ -17,7 +17,7 @@ from retool.data.sources import Source, open_source
 from retool.engine.checkpoint import load_state, save_checkpoint
 from retool.engine.model import load_model, release_memory, use_threads
 from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, open_sandbox, step_of
-from retool.errors import HealthStop, InfraError
+from retool.errors import HealthError, InfraError
 from retool.evaluate import sample as sample_evaluation
 from retool.grading.rewards import find_reward
 from retool.health import Monitor
@@ -35,7 +35,7 @@ def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: load, train, leave checkpoints. Returns what ``summary.json`` holds.
 
     Raises:
-        HealthStop: an alarm of ``health.stop_on``, or steps in a row without a finite gradient.
+        HealthError: an alarm of ``health.stop_on``, or steps in a row without a finite gradient.
         InfraError: the disk or the sandbox failed; what was kept is whole.
     """
     find_reward(recipe.rl.reward)  # a name that leads nowhere must not cost a model's loading
@@ -135,7 +135,7 @@ async def train(
                 ))  # fmt: skip
             stage.advance(**figures(metrics))
             if fatal is not None:
-                raise HealthStop(f"{fatal.line}. The run ends here; {_kept(folder)}")
+                raise HealthError(f"{fatal.line}. The run ends here; {_kept(folder)}")
     tracker.close()
     folder.write_summary(summary)
     return summary

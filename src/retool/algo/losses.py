@@ -91,9 +91,10 @@ def gspo(
     ratio_N = log_ratio_N.exp()
     plain_N = -advantages_N * ratio_N
     clipped_N = -advantages_N * ratio_N.clamp(1 - clip_low, 1 + clip_high)
+    loss_N = torch.maximum(plain_N, clipped_N)
     with torch.no_grad():
         return PolicyLoss(
-            loss_N=torch.maximum(plain_N, clipped_N),
+            loss_N=loss_N,
             clipped_N=(clipped_N > plain_N).float(),
             dual_clipped_N=torch.zeros_like(plain_N),
             kl_N=-change_N.detach(),

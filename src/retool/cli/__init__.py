@@ -25,7 +25,7 @@ from retool.cli.cold_start import cold_start
 from retool.cli.common import EXIT_CTRL_C, EXIT_NOT_IN_ORDER, EXIT_SIGTERM, EXIT_USER_ERROR, QUIET, show_help
 from retool.cli.data import data
 from retool.cli.sandbox import sandbox
-from retool.errors import HealthStop, InfraError, UserError
+from retool.errors import HealthError, InfraError, UserError
 
 if TYPE_CHECKING:
     from retool.config import Recipe
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None, *, load: Callable[[str], Job] =
         except _InterruptedError:
             print("retool: terminated" if terminated else "retool: interrupted", file=sys.stderr)
             return EXIT_SIGTERM if terminated else EXIT_CTRL_C
-        except (click.ClickException, UserError, InfraError, HealthStop) as error:
+        except (click.ClickException, UserError, InfraError, HealthError) as error:
             if os.environ.get("RETOOL_TRACEBACK") == "1":
                 raise
             if isinstance(error, click.UsageError):
@@ -284,4 +284,4 @@ def main(arguments: Sequence[str] | None = None, *, load: Callable[[str], Job] =
                 _complain(f"{error.format_message()} See '{command} --help'.")
             else:
                 _complain(error.format_message() if isinstance(error, click.ClickException) else str(error))
-            return EXIT_NOT_IN_ORDER if isinstance(error, InfraError | HealthStop) else EXIT_USER_ERROR
+            return EXIT_NOT_IN_ORDER if isinstance(error, InfraError | HealthError) else EXIT_USER_ERROR
