@@ -36,8 +36,9 @@ def test_every_error_is_ours_and_explained(name: str) -> None:
     assert CLASSES[name].__doc__
 
 
-def test_the_three_kinds_exclude_each_other() -> None:
-    """The user's mistake, the machine's fault and our bug are answered differently: none may pass for another."""
-    kinds = (errors.UserError, errors.InfraError, errors.InvariantError)
+def test_the_four_kinds_exclude_each_other() -> None:
+    """The user's mistake, the machine's fault, a run's own end and our bug are answered differently: none may pass for
+    another."""
+    kinds = (errors.UserError, errors.InfraError, errors.HealthError, errors.InvariantError)
     for member in CLASSES.values():
         assert sum(issubclass(member, kind) for kind in kinds) == (0 if member is errors.ReToolError else 1)

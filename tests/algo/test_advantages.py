@@ -3,7 +3,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retool.algo.advantages import (
@@ -19,6 +19,7 @@ from retool.algo.advantages import (
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([-1.0, 1.0]), min_size=2, max_size=16))
 def test_grpo_equals_the_statistics_module(rewards: list[float]) -> None:
     ours = grpo(torch.tensor(rewards, dtype=torch.float64)).tolist()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retool.algo.losses import cispo, gspo, importance_weights, kl_penalty, nll, ppo_clip, value_loss
@@ -25,6 +25,7 @@ def by_hand(logprob: float, old: float, advantage: float) -> tuple[float, bool, 
 logprobs = st.floats(-12, 0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(logprobs, logprobs, st.floats(-3, 3)), min_size=1, max_size=20))
 def test_ppo_clip_equals_the_formula_by_hand(tokens: list[tuple[float, float, float]]) -> None:
     new, old, advantages = (torch.tensor(column, dtype=torch.float64) for column in zip(*tokens, strict=True))
@@ -100,8 +101,8 @@ def test_gspo_worked_by_hand() -> None:
 
 
 def test_cispo_worked_by_hand() -> None:
-    """Old probability 0.5, A = +1 and −2. New 0.9: ratio 1.8 weighs as 1.3, loss −1.3 · ln 0.9, gradient −1.3: clipped, and
-    still learnt from. New 0.1: ratio 0.2 weighs as itself (no lower bound): loss 0.4 · ln 0.1, gradient 0.4."""
+    """Old probability 0.5, A = +1 and −2. New 0.9: ratio 1.8 weighs as 1.3, loss −1.3 · ln 0.9, gradient −1.3: clipped,
+    and still learnt from. New 0.1: ratio 0.2 weighs as itself (no lower bound): loss 0.4 · ln 0.1, gradient 0.4."""
     new = torch.tensor([0.9, 0.1], dtype=torch.float64).log().requires_grad_()
     old = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
     loss = cispo(new, old, torch.tensor([1.0, -2.0], dtype=torch.float64), clip_low=1.0, clip_high=0.3)
@@ -167,7 +168,7 @@ def test_importance_weights_worked_by_hand() -> None:
     rollout, rows = torch.full((3,), -2.0, dtype=torch.float64), torch.tensor([0, 0, 1])
 
     def weights(level: str, mode: str) -> list[float]:
-        found = importance_weights(rollout + change, rollout, rows, level=level, mode=mode, low=0.5, high=2.0)
+        found = importance_weights(rollout + change, rollout, rows, level=level, mode=mode, low=0.4, high=2.0)
         return [float(w) for w in found]
 
     assert weights("token", "truncate") == pytest.approx([2.0, 0.5, 0.25])
