@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import statistics
 import time
 from pathlib import Path
@@ -19,7 +20,9 @@ from retool.config import ALGORITHMS, SHIPPED_RECIPES, Recipe, load_recipe
 from retool.data.sources import open_source
 from retool.engine.runtime import load_runtime, open_sandbox
 from retool.progress import Progress
+from retool.protocols import Sandbox
 from retool.store import RunFolder
+from retool.types import ExecutionResult, ExecutionStatus
 
 EXTRA: dict[str, list[str]] = {
     "ppo": ["rl.critic.optim.lr=1e-3", "rl.critic.optim.warmup_steps=2"],
@@ -35,34 +38,68 @@ def recipe_of(out: Path, seed: int, name: str, *overrides: str) -> Recipe:
 
 def cold_start(out: Path, seed: int, progress: Progress) -> Path:
     """The seed's checkpoint after SFT; made once."""
-    recipe = recipe_of(out, seed, "sft")
+    recipe = recipe_of(out, seed, "sft", "run.threads=1")
     return Path(sft.run(recipe, progress=progress)["checkpoint"])
 
 
-def run(out: Path, seed: int, algorithm: str, start: Path, extra: list[str], progress: Progress) -> dict[str, Any]:
+class Flaky:
+    """A sandbox that fails by itself now and then."""
+
+    def __init__(self, sandbox: Sandbox, share: float, seed: int):
+        self.sandbox, self.share, self.random = sandbox, share, random.Random(seed)
+
+    async def execute(self, code: str, timeout_s: float, *, session: str = "") -> ExecutionResult:
+        if self.random.random() < self.share:
+            return ExecutionResult(ExecutionStatus.INFRA)
+        return await self.sandbox.execute(code, timeout_s, session=session)
+
+    def release(self, session: str) -> None:
+        self.sandbox.release(session)
+
+    async def close(self) -> None:
+        pass  # the job closes the sandbox itself
+
+
+def run(
+    out: Path, seed: int, algorithm: str, start: Path, extra: list[str], faults: float, progress: Progress
+) -> dict[str, Any]:
     """Train and evaluate one; a finished one is read from its folder."""
+    name = f"{algorithm}-{faults:g}-faults" if faults else algorithm
+    if faults:
+        extra = [*extra, "sandbox.retries=0"]
     recipe = recipe_of(
-        out, seed, algorithm, f"rl.algorithm={algorithm}", f"model.path={start}", *EXTRA.get(algorithm, []), *extra
+        out,
+        seed,
+        name,
+        "run.threads=1",
+        f"rl.algorithm={algorithm}",
+        f"model.path={start}",
+        *EXTRA.get(algorithm, []),
+        *extra,
     )
-    folder = RunFolder(out / f"seed{seed}" / algorithm)
+    folder = RunFolder(out / f"seed{seed}" / name)
     if "accuracy" in folder.summary():
         return folder.summary()
+    folder.write_config(recipe)
     started = time.perf_counter()
-    summary = rl.run(recipe, progress=progress)
-    wall = time.perf_counter() - started
 
-    async def measure() -> Any:
-        runtime = load_runtime(recipe, Path(summary["checkpoint"]))
+    async def job() -> Any:
+        runtime = load_runtime(recipe)
         tasks = open_source(recipe).eval_tasks(recipe.data.test_split, recipe.data.test_size)
         async with open_sandbox(recipe) as sandbox:
-            return evaluate.summarise(await evaluate.sample(runtime, tasks, sandbox, progress=progress), recipe)
+            flaky = Flaky(sandbox, faults, seed)
+            summary = await rl.train(runtime, folder, flaky, progress=progress, label=f"{name}, seed {seed}")
+            wall = time.perf_counter() - started
+            groups = await evaluate.sample(runtime, tasks, sandbox, progress=progress)
+            return summary, wall, evaluate.summarise(groups, recipe)
 
-    found = asyncio.run(measure())
+    summary, wall, found = asyncio.run(job())
     rows = folder.metrics()
     result = {
-        "algorithm": algorithm, "seed": seed, "accuracy": found["accuracy"], "ci95": found["ci95"],
+        "algorithm": name, "seed": seed, "accuracy": found["accuracy"], "ci95": found["ci95"],
         "call_rate": found["call_rate"], "wall_s": wall,
         "rollouts": sum(row["rollout/trajectories"] for row in rows),
+        "infra": sum(row["infra/trajectories"] for row in rows),
         "explained": rows[-1].get("critic/vf_explained_var"),
     }  # fmt: skip
     folder.write_summary(summary | result)
@@ -115,6 +152,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--algorithms", nargs="+", default=DEFAULT, choices=list(ALGORITHMS))
     parser.add_argument("--out", type=Path, default=Path("runs/algorithms"))
+    parser.add_argument("--faults", type=float, default=0.0, help="share of executions that fail as infra, not retried")
     parser.add_argument("overrides", nargs="*", help="section.key=value for every RL run")
     args = parser.parse_args()
     progress = Progress()
@@ -122,11 +160,12 @@ def main() -> None:
     for seed in args.seeds:
         start = cold_start(args.out, seed, progress)
         for name in args.algorithms:
-            results.append(run(args.out, seed, name, start, args.overrides, progress))
+            results.append(run(args.out, seed, name, start, args.overrides, args.faults, progress))
             print(json.dumps(results[-1]), flush=True)
+    names = list(dict.fromkeys(r["algorithm"] for r in results))
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(table(results, args.algorithms))
-    print(plot(args.out, args.seeds, args.algorithms))
+    print(table(results, names))
+    print(plot(args.out, args.seeds, names))
 
 
 if __name__ == "__main__":

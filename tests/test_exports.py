@@ -61,7 +61,7 @@ SETTINGS = {
     "rl": """algorithm advantage loss aggregation steps prompts group_size minibatch_prompts micro_batch_tokens clip_low
         clip_high dual_clip entropy_bonus reward grading eval_every eval_size eval_split save_every""",
     "rl.optim": OPTIM,
-    "rl.critic": "gamma lam warmup_steps value_clip whiten_advantages whiten_returns",
+    "rl.critic": "gamma lam warmup_steps epochs value_clip whiten_advantages whiten_returns",
     "rl.critic.optim": OPTIM,
     "rl.kl": "place coef estimator",
     "rl.dynamic_sampling": "enabled max_rounds keep_surplus",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,20 @@ from retool.config import SHIPPED_RECIPES, Recipe, load_recipe, make_recipe, rec
 from retool.engine import learner
 from retool.engine.kv import bytes_per_token
 from retool.errors import ConfigError
-from retool.plan import KNOWN, MAX_LOGITS, Architecture, Machine, estimate_memory, make_plan, read_architecture, render
+from retool.plan import (
+    ACTIVATIONS,
+    KNOWN,
+    MAX_LOGITS,
+    Architecture,
+    Machine,
+    Shape,
+    estimate_memory,
+    estimate_phases,
+    make_plan,
+    read_architecture,
+    render,
+    shapes,
+)
 
 CPU, GPU = Machine("cpu", 24.0), Machine("a GPU", 80.0)
 SHIPPED = [path.relative_to(SHIPPED_RECIPES).with_suffix("").as_posix() for path in SHIPPED_RECIPES.rglob("*.toml")]
@@ -76,25 +91,109 @@ def test_the_model_is_read_where_it_is(tmp_path: Path, shared_data: Path) -> Non
     assert found is not None and found.vocab_size == 151_665
 
 
+SMALL = Architecture(64, 3, 4, 2, 160, 1000, True)
+TUNED = {
+    "rl": {"micro_batch_tokens": 512, "group_size": 4},
+    "rollout": {"max_context": 400, "max_response_tokens": 300},
+}
+
+
+def learning(architecture: Architecture = SMALL, *, gpu: bool = False, job: str = "rl", **sections: Any) -> Any:
+    """The parts of the learning phase, in bytes."""
+    recipe = make_recipe({name: TUNED.get(name, {}) | sections.get(name, {}) for name in {*TUNED, *sections}})
+    return {n: gb * 2**30 for n, gb in estimate_phases(job, recipe, architecture, gpu=gpu)["learning"].items()}
+
+
 def test_memory_by_part() -> None:
-    """By hand, for 1,000,000,000 bytes of weights in bf16 and the like."""
+    """By hand, for Qwen2.5-7B in bf16: 2 bytes a weight, 4 its master's, 4 its gradient's, 8 its moments'."""
     architecture = KNOWN["Qwen/Qwen2.5-7B-Instruct"]
     recipe = load_recipe(recipe_path("qwen2.5-7b/grpo"))
-    parts = estimate_memory("rl", recipe, architecture, gpu=True)
+    parts = estimate_phases("rl", recipe, architecture, gpu=True)["learning"]
     weights = 7_615_616_512 * 2 / 2**30
-    assert parts["weights"] == parts["gradients"] == pytest.approx(weights)
-    assert parts["optimiser (adamw)"] == pytest.approx(2 * weights)
+    assert parts["weights"] == pytest.approx(weights)
+    assert parts["master weights (fp32)"] == parts["gradients"] == pytest.approx(2 * weights)
+    assert parts["optimiser (adamw)"] == pytest.approx(4 * weights)
     # 28 layers × 2 (keys, values) × 4 heads × 128 wide × 2 bytes = 57,344 bytes a token; the budget is smaller.
     assert architecture.kv_numbers * 2 == 57_344
     assert parts["KV cache"] == 64
-    assert parts["logits"] == pytest.approx(5 * 64 / 1024)
-    muon = recipe.model_copy(deep=True)
-    muon.rl.optim.name = "muon"
-    assert estimate_memory("rl", muon, architecture, gpu=True)["optimiser (muon)"] == pytest.approx(weights)
-    assert estimate_memory("rl", recipe, architecture, gpu=False)["weights"] == pytest.approx(2 * weights)
-    assert set(estimate_memory("evaluate", recipe, architecture, gpu=True)) == {"weights", "KV cache"}
+    on_cpu = estimate_phases("rl", recipe, architecture, gpu=False)["learning"]
+    assert on_cpu["weights"] == on_cpu["gradients"] == pytest.approx(2 * weights)
+    assert "master weights (fp32)" not in on_cpu
+    evaluation = estimate_memory("evaluate", recipe, architecture, gpu=True)
+    assert set(evaluation) == {"weights", "KV cache", "sampling"}
     small = estimate_memory("evaluate", load_recipe(recipe_path("quickstart")), read_architecture(Recipe()), gpu=False)  # type: ignore[arg-type]
     assert small["KV cache"] == pytest.approx(256 * 448 * 1536 / 2**30)  # 256 live × 448 tokens × 1,536 bytes
+
+
+def test_muons_embeddings_are_adamws() -> None:
+    matrices = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
+    muon = learning(rl={"optim": {"name": "muon"}})
+    assert muon["optimiser (muon)"] == 4 * (matrices + 2 * (SMALL.parameters - matrices))
+    assert learning()["optimiser (adamw)"] == 8 * SMALL.parameters
+
+
+def test_adapters_learn_alone() -> None:
+    adapters = 3 * 8 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))
+    parts = learning(gpu=True, model={"lora": {"rank": 8}}, rl={"kl": {"place": "loss"}})
+    assert parts["weights"] == 2 * SMALL.parameters + 4 * adapters
+    assert parts["gradients"] == 4 * adapters and parts["optimiser (adamw)"] == 8 * adapters
+    assert "master weights (fp32)" not in parts and "reference (KL)" not in parts
+    some = learning(gpu=True, model={"lora": {"rank": 8, "targets": ["q_proj", "v_proj"]}})
+    assert some["gradients"] == 4 * 3 * 8 * (64 + 64 + 64 + 32)
+    assert some[ACTIVATIONS] < parts[ACTIVATIONS]
+
+
+def test_a_critic_and_a_reference() -> None:
+    """The critic has the body with its embeddings, and no gradients while the actor has some."""
+    untied = Architecture(64, 3, 4, 2, 160, 1000, False)
+    critic = learning(untied, gpu=True, rl={"algorithm": "ppo"})["critic (weights, optimiser)"]
+    assert critic == (2 + 4 + 8) * (untied.parameters - 64_000)
+    assert learning(rl={"algorithm": "ppo"})["critic (weights, optimiser)"] == (4 + 8) * SMALL.parameters
+    assert learning(gpu=True, rl={"kl": {"place": "reward"}})["reference (KL)"] == 2 * SMALL.parameters
+
+
+def test_shapes_of_micro_batches() -> None:
+    recipe = make_recipe(TUNED)
+    # One row of any length; a prompt of 100 tokens and two rows of 206, or a group of four.
+    assert set(shapes("rl", recipe)) == {Shape(0, 1, 400), Shape(100, 2, 206), Shape(100, 4, 103)}
+    assert Shape(100, 2, 206).tokens == 512 and Shape(100, 2, 206).mask == 206 * 306 and Shape(0, 1, 400).mask == 0
+    sft = make_recipe({"sft": {"micro_batch_tokens": 300, "max_tokens": 1000}})
+    assert set(shapes("sft", sft)) == {Shape(0, 1, 1000), Shape(1, 2, 149)}  # longer than the micro-batch
+    short = make_recipe({"sft": {"micro_batch_tokens": 1001, "max_tokens": 101}})
+    assert Shape(1, 10, 100) in shapes("sft", short)
+
+
+def test_checkpointing_keeps_hidden_states() -> None:
+    """One row of 400 tokens, in fp32: 6 × hidden + 4 × heads + 4 × feed-forward numbers a token and layer, and 5 ×
+    hidden besides; with checkpointing the hidden states alone, and one layer's."""
+    model = Architecture(64, 30, 4, 2, 160, 100_000, True)
+    one_row = {"rl": {"micro_batch_tokens": 100}}
+    tokens, layer = 400, 4 * (6 * 64 + 4 * 64 + 4 * 160)
+    whole = learning(model, **one_row)
+    assert whole[ACTIVATIONS] == tokens * (30 * layer + 4 * 5 * 64)
+    again = learning(model, engine={"gradient_checkpointing": True}, **one_row)
+    assert again[ACTIVATIONS] == tokens * 4 * (30 + 5) * 64
+    half = learning(model, gpu=True, **one_row)  # norms work in fp32
+    assert half[ACTIVATIONS] == tokens * (30 * (2 * 64 * (4 + 2 + 2) + 2 * 4 * (64 + 160)) + 2 * 5 * 64)
+    assert whole["logits"] == 3 * 4 * MAX_LOGITS + 2 * 4 * 64 * 100_000  # with two copies of the head's gradient
+
+
+def test_the_peak_is_that_of_the_largest_phase() -> None:
+    recipe = make_recipe({**TUNED, "rl": {**TUNED["rl"], "eval_every": 5}, "engine": {"kv_budget_mb": 64}})
+    phases = estimate_phases("rl", recipe, SMALL, gpu=False)
+    assert set(phases) == {"learning", "rollout", "evaluation"}
+    # The store of the rollout stays while the engine learns, and during an evaluation, which has its own.
+    assert phases["learning"]["KV cache"] == phases["rollout"]["KV cache"] == 64 / 1024
+    assert phases["evaluation"]["KV cache of the evaluation"] == 64 / 1024
+    assert estimate_memory("rl", recipe, SMALL, gpu=False) == max(phases.values(), key=lambda x: sum(x.values()))
+
+
+def test_the_estimate_is_near_what_a_step_takes() -> None:
+    """One small case of the benchmark, measured."""
+    script = Path(__file__).parent.parent / "benchmarks" / "memory_plan.py"
+    run = subprocess.run([sys.executable, script, "--one", "small"], capture_output=True, text=True, check=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert 0.7 < sum(found["parts"].values()) / found["taken"] < 1.3
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -103,17 +202,17 @@ def test_every_shipped_recipe_has_a_plan(name: str, shared_data: Path, monkeypat
     plan = plan_of(name)
     shown = render(plan)
     assert plan.total_gb > 0
-    assert "fits this machine (cpu, 24.0 GB): " in shown and "steps" in shown
+    assert "fits this machine (cpu, 24.0 GiB): " in shown and "steps" in shown
     assert recipe_path(f"{name}.toml") == recipe_path(name) == recipe_path(f"recipes/{name}")
 
 
 def test_the_one_gpu_recipes_fit_one_gpu() -> None:
+    again, small = "engine.gradient_checkpointing=true", Machine("a GPU", 24.0)
     for name in (name for name in FOLDERS if "1gpu" in name):
-        assert "fits this machine (a GPU, 80.0 GB): yes" in render(plan_of(name, machine=GPU)), name
-    small = Machine("a GPU", 24.0)
-    assert plan_of("qwen2.5-1.5b-1gpu/gsm8k", machine=small).total_gb < 24
-    smaller = ("sft.max_tokens=3072", "sft.micro_batch_tokens=3072")
-    assert plan_of("qwen2.5-1.5b-1gpu/sft", *smaller, machine=small).total_gb < 24
+        assert "fits this machine (a GPU, 80.0 GiB): yes" in render(plan_of(name, again, machine=GPU)), name
+    adapters = (again, "model.lora.rank=32")
+    for name in (name for name in FOLDERS if "1gpu" in name and "dapo" not in name):
+        assert "fits this machine (a GPU, 24.0 GiB): yes" in render(plan_of(name, *adapters, machine=small)), name
 
 
 REFERENCE: dict[str, dict[str, Any]] = {
@@ -168,6 +267,30 @@ def test_steps_of_epochs_are_counted() -> None:
     assert "338 (6 epochs" in dict(plan_of("qwen2.5-32b/sft").facts)["steps"]
     assert dict(plan_of("qwen2.5-32b/sft", "sft.steps=7").facts)["steps"].startswith("7, 32 conversations")
     assert "as many as 6 × the data need" in dict(plan_of("qwen2.5-32b/sft", "data.train=a/b").facts)["steps"]
+
+
+def test_an_rl_plan_says_what_is_run() -> None:
+    facts = dict(plan_of("qwen2.5-32b/ppo", "model.lora.rank=16", "rl.kl.place=reward").facts)
+    assert facts["algorithm"] == "ppo: advantage gae, loss ppo_clip, token_mean"
+    assert facts["LoRA"] == "rank 16 on all-linear" and "alone for 20 steps" in facts["critic"]
+    assert facts["KL penalty"] == "in the reward, 0.001 × k3"
+    overrides = ("rl.algorithm=dapo", "rl.dynamic_sampling.enabled=true", "rl.dynamic_sampling.max_rounds=3")
+    facts = dict(plan_of("qwen2.5-7b/grpo", *overrides).facts)
+    assert "at most 3 rounds, 3,072 trajectories a step" in facts["dynamic sampling"]  # 3 × 64 × 16
+    assert facts["algorithm"].startswith("dapo: advantage grpo") and "critic" not in facts
+    response = load_recipe(recipe_path("qwen2.5-7b/grpo")).rollout.max_response_tokens
+    assert facts["tokens a step"] == f"at most {3072 * response:,} sampled and observed"
+
+
+def test_the_split_that_is_evaluated() -> None:
+    """In training ``rl.eval_split``, in an evaluation ``data.test_split``."""
+    facts = dict(plan_of("qwen2.5-32b/grpo", "rl.eval_split=dev").facts)
+    assert facts["evaluate on"].startswith("dapo-math-17k, dev: ") and "last tenth" in facts["evaluate on"]
+    assert dict(plan_of("qwen2.5-32b/grpo", "rl.eval_split=test").facts)["evaluate on"].startswith(
+        "aime-2025, test: 30"
+    )
+    recipe = load_recipe(recipe_path("qwen2.5-32b/grpo"), ("data.test_split=dev",))
+    assert dict(make_plan("evaluate", recipe, machine=CPU).facts)["evaluate on"].startswith("dapo-math-17k, dev: ")
 
 
 def test_a_model_that_is_not_at_hand_has_a_plan_without_memory() -> None:

@@ -1,9 +1,9 @@
 """What a job would do and need, worked out from the recipe alone: ``--dry-run``.
 
-Memory is an estimate of the local engine's peak, part by part. Parameters follow from the architecture and are exact;
-the optimiser, gradients and KV cache follow from them; activations are counted per token and layer, as the tensors
-that the backward pass keeps (``ACTIVATIONS``), and are the least certain part. ``benchmarks/memory_plan.py`` compares
-it with what a training step takes.
+Memory is an estimate of the local engine's peak, part by part, in GiB: that of the phase which needs most, for a step's
+learning, the rollout and an evaluation come one after the other. Parameters follow from the architecture and are exact;
+weights, gradients, moments and KV cache follow from them; activations are counted tensor by tensor, as the backward
+pass keeps them. ``benchmarks/memory_plan.py`` compares the estimate with what a training step takes.
 """
 
 from __future__ import annotations
@@ -14,19 +14,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retool.config import Recipe
+from retool.config import LoraConfig, OptimConfig, Recipe
 from retool.data.sets import SETS, is_hub_name, split_spec
 
 GB = 1 << 30
+"""One GiB: every size here is in it."""
 MAX_LOGITS = 16 * 1024 * 1024
 """Of the learner: logits that exist at once (engine/learner.py, which imports torch; a test compares the two)."""
-LOGIT_COPIES = 5
-"""fp32 tensors of that size: the logits, their log-softmax, its exponential, and the gradients of the first two."""
+LOGIT_COPIES, ENTROPY_COPIES = 4, 3
+"""fp32 tensors of that size: the logits, their log-softmax, its exponential, the product of the two; and how many more
+where the entropy carries a gradient."""
 CLUSTER_GPU_GB = 80
-ACTIVATIONS = {"hidden": 8.0, "heads": 8.0, "feed_forward": 4.0}
-"""Numbers kept per token and layer, as multiples of the hidden width (two norms, their inputs and outputs, residuals),
-of heads × head width (query and key before and after rotation, keys and values repeated for each head, the output),
-and of the feed-forward width (gate, its activation, up, their product)."""
+SPARE = 0.1
+"""The share of a machine's memory that an estimate should leave free."""
+MUON_COPIES = 6
+"""fp32 tensors of the size of all matrices of one shape that exist while these are orthogonalised."""
+OUTSIDE_LAYERS = 5
+"""Numbers for each token, as multiples of the hidden width, that are kept outside the layers: the last norm's, the
+hidden states of the targets and their gradient."""
+ACTIVATIONS = "activations of a micro-batch"
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Architecture:
         extra = 2 * self.width if self.qk_norm else queries + 2 * kv
         attention = hidden * (queries + 2 * kv) + queries * hidden + extra
         layer = attention + 3 * hidden * self.intermediate_size + 2 * hidden
-        embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        embeddings = self.head * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + embeddings + hidden
 
     @property
@@ -65,15 +71,23 @@ class Architecture:
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.width
 
     @property
-    def activation_numbers(self) -> float:
-        """Numbers that the backward pass keeps per token."""
-        heads = self.num_attention_heads * self.width
-        kept = (
-            ACTIVATIONS["hidden"] * self.hidden_size
-            + ACTIVATIONS["heads"] * heads
-            + ACTIVATIONS["feed_forward"] * self.intermediate_size
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """A layer's matrices: inputs and outputs of each."""
+        hidden, heads, kv = (
+            self.hidden_size,
+            self.num_attention_heads * self.width,
+            self.num_key_value_heads * self.width,
         )
-        return self.num_hidden_layers * kept
+        forward = self.intermediate_size
+        return {
+            "q_proj": (hidden, heads), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (heads, hidden),
+            "gate_proj": (hidden, forward), "up_proj": (hidden, forward), "down_proj": (forward, hidden),
+        }  # fmt: skip
+
+    @property
+    def head(self) -> int:
+        """Numbers of the vocabulary's matrix."""
+        return self.vocab_size * self.hidden_size
 
 
 # The published config.json of each, so that a plan needs no network.
@@ -109,10 +123,12 @@ class Plan:
 
     facts: list[tuple[str, str]] = field(default_factory=list)
     memory_gb: dict[str, float] = field(default_factory=dict)
-    """On this machine; empty where the model is not at hand."""
+    """GiB on this machine, in the phase that needs most; empty where the model is not at hand."""
     on_gpu_gb: dict[str, float] = field(default_factory=dict)
     """The same on a GPU, in bf16 unless the recipe says otherwise."""
     machine: Machine | None = None
+    phases_gb: dict[str, float] = field(default_factory=dict)
+    """The peak of each phase on a GPU, of which ``on_gpu_gb`` has the largest."""
 
     @property
     def total_gb(self) -> float:
@@ -177,31 +193,160 @@ def find_machine(device: str) -> Machine:
     return Machine("cpu", available_memory_gb())
 
 
-def estimate_memory(job: str, recipe: Recipe, architecture: Architecture, *, gpu: bool) -> dict[str, float]:
-    """GB by part at the local engine's peak.
+@dataclass(frozen=True)
+class Shape:
+    """Of a micro-batch: ``rows`` of ``length`` tokens after a common prefix (algo/batch.py)."""
+
+    prefix: int
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix + self.rows * self.length
+
+    @property
+    def mask(self) -> int:
+        """Numbers of the attention mask, which rows need that share a prefix (engine/attention.py): one of bools, and
+        torch makes one in the model's precision for each layer."""
+        return self.length * (self.prefix + self.length) if self.prefix else 0
+
+
+def shapes(job: str, recipe: Recipe) -> list[Shape]:
+    """The largest micro-batches: one row, which may be longer than ``micro_batch_tokens``, and several that share
+    as long a prompt as there is room for, long ones and a group."""
+    rl, rollout, sft = recipe.rl, recipe.rollout, recipe.sft
+    most, group = (sft.micro_batch_tokens, 2) if job == "sft" else (rl.micro_batch_tokens, rl.group_size)
+    longest = sft.max_tokens if job == "sft" else rollout.max_context
+    prefix = 1 if job == "sft" else longest - rollout.max_response_tokens  # the chat format's first token
+    found = [Shape(0, 1, longest)]
+    for rows in {2, max(2, group)}:
+        each = min((most - prefix) // rows, longest - prefix)
+        if each > 0:
+            found.append(Shape(prefix, (most - prefix) // each, each))
+    return found
+
+
+def _layer_bytes(sizes: Architecture, shape: Shape, size: int, lora: LoraConfig) -> tuple[int, int]:
+    """What the backward pass keeps of one layer, and what working on it takes besides."""
+    tokens, hidden, forward = shape.tokens, sizes.hidden_size, sizes.intermediate_size
+    heads, keys = sizes.num_attention_heads * sizes.width, shape.rows * (shape.prefix + shape.length)
+    # Two norms: their inputs in fp32 and, where they learn, the scaled ones.
+    kept = tokens * 2 * hidden * (4 if lora.rank else 4 + size)
+    # Queries, and keys and values repeated for each query head, each row's with the prefix's; the output; the mask.
+    kept += size * heads * 2 * (tokens + keys + shape.prefix) + size * shape.mask
+    if sizes.qk_norm:
+        kept += tokens * (heads + sizes.num_key_value_heads * sizes.width) * (4 + size)
+    # Gate, its activation, up. Then the inputs of the linear layers that learn; peft makes each its own in fp32.
+    kept += tokens * 3 * forward * size
+    inputs = {"q_proj": "a", "k_proj": "a", "v_proj": "a", "gate_proj": "b", "up_proj": "b"}
+    learning, copied = _learning(sizes, lora), lora.rank > 0 and size == 2
+    own = {name if copied else inputs.get(name, name): sizes.linears[name][0] for name in learning}
+    if not copied and not shape.prefix:
+        own.pop("o_proj", None)  # it is attention's output
+    kept += tokens * (4 if lora.rank else size) * sum(own.values())
+    wide = size + (4 if lora.rank else 0)
+    in_attention = size * (heads * 2 * (tokens + keys) - 4 * tokens * forward)
+    return kept, max(2 * tokens * forward * wide, in_attention) + 3 * tokens * hidden * wide
+
+
+def _learning(sizes: Architecture, lora: LoraConfig) -> list[str]:
+    """Linear layers that learn or have an adapter that does."""
+    names = {target.rpartition(".")[2] for target in lora.targets}
+    return [name for name in sizes.linears if not lora.rank or "all-linear" in names or name in names]
+
+
+def _learnt(sizes: Architecture, lora: LoraConfig, *, critic: bool = False) -> tuple[dict[str, int], int]:
+    """Numbers that learn: in a layer's matrices (or their adapters), by name, and in all."""
+    if lora.rank:
+        each = {name: lora.rank * sum(sizes.linears[name]) for name in _learning(sizes, lora)}
+        return each, sizes.num_hidden_layers * sum(each.values())
+    headless = critic and not sizes.tie_word_embeddings
+    return {name: a * b for name, (a, b) in sizes.linears.items()}, sizes.parameters - headless * sizes.head
+
+
+def _optimiser_bytes(sizes: Architecture, recipe: Recipe, optim: OptimConfig, *, critic: bool = False) -> int:
+    """Moments: AdamW has two, Muon one of hidden matrices (its embeddings are AdamW's)."""
+    each, whole = _learnt(sizes, recipe.model.lora, critic=critic)
+    return 4 * (2 * whole - (sizes.num_hidden_layers * sum(each.values()) if optim.name == "muon" else 0))
+
+
+def _optimiser_step_bytes(sizes: Architecture, recipe: Recipe, optim: OptimConfig, *, gpu: bool) -> int:
+    """What an optimiser's step takes for a while: AdamW on a GPU works on all parameters at once, Muon on all matrices
+    of one shape."""
+    each, whole = _learnt(sizes, recipe.model.lora)
+    largest = max([*each.values(), 0 if recipe.model.lora.rank else sizes.head])
+    if optim.name == "muon":
+        return 4 * max(2 * largest, MUON_COPIES * 2 * sizes.num_hidden_layers * max(each.values()))
+    return 4 * (whole if gpu else min(whole, 2 * largest))
+
+
+def estimate_phases(job: str, recipe: Recipe, architecture: Architecture, *, gpu: bool) -> dict[str, dict[str, float]]:
+    """GiB by part in each phase of the job: ``learning``, ``rollout``, ``evaluation``.
 
     Args:
         gpu: ``model.dtype = "auto"`` is bf16 there, fp32 on a CPU.
     """
-    dtype = recipe.model.dtype
+    sizes, dtype, lora, rl = architecture, recipe.model.dtype, recipe.model.lora, recipe.rl
     size = 2 if dtype == "bfloat16" or (dtype == "auto" and gpu) else 4
-    weights = architecture.parameters * size
-    parts: dict[str, float] = {"weights": weights}
+    masters = size == 2 and not lora.rank
+    learnt = _learnt(sizes, lora)[1]
+    held: dict[str, float] = {"weights": sizes.parameters * size + (4 * learnt if lora.rank else 0)}
+    found: dict[str, dict[str, float]] = {}
     if job != "evaluate":
-        section = recipe.sft if job == "sft" else recipe.rl
-        moments = 2 if section.optim.name == "adamw" else 1
-        parts |= {"gradients": weights, f"optimiser ({section.optim.name})": moments * weights}
-        tokens = section.micro_batch_tokens
-        parts["activations of a micro-batch"] = architecture.activation_numbers * tokens * size
-        parts["logits"] = LOGIT_COPIES * 4 * min(MAX_LOGITS, tokens * architecture.vocab_size)
-    if job == "rl" and recipe.rl.algorithm == "ppo":
-        parts["critic (weights, gradients, optimiser)"] = 4 * weights
+        optim = recipe.sft.optim if job == "sft" else rl.optim
+        if masters:
+            held["master weights (fp32)"] = 4 * learnt
+        held[f"optimiser ({optim.name})"] = _optimiser_bytes(sizes, recipe, optim)
+        if job == "rl" and rl.has_critic:  # its gradients are gone when the actor's come
+            own = 4 * _learnt(sizes, lora, critic=True)[1] * (masters or lora.rank > 0)
+            body = size * (sizes.parameters - (not sizes.tie_word_embeddings) * sizes.head)
+            body += own + _optimiser_bytes(sizes, recipe, rl.critic.optim, critic=True)
+            held["critic (weights, optimiser)"] = body
+        if job == "rl" and rl.kl.place != "off" and not lora.rank:
+            held["reference (KL)"] = sizes.parameters * size
+        found["learning"] = held | {"gradients": 4 * learnt} | _step_bytes(job, recipe, sizes, size, optim, gpu=gpu)
     if job != "sft":
-        per_token = architecture.kv_numbers * size
-        asked = recipe.rl.prompts * recipe.rl.group_size if job == "rl" else recipe.data.test_size * recipe.eval.k
-        live = min(asked, recipe.engine.max_live) * recipe.rollout.max_context * per_token
-        parts["KV cache"] = min(live, recipe.engine.kv_budget_mb << 20)
-    return {name: count / GB for name, count in parts.items()}
+        sequence = recipe.rollout.max_context * sizes.kv_numbers * size
+        slots = min(recipe.engine.max_live * sequence, recipe.engine.kv_budget_mb << 20)
+        rolling = held | {"KV cache": slots}
+        rolling["sampling"] = 3 * 4 * (slots // sequence) * sizes.vocab_size + slots / sizes.num_hidden_layers
+        found["rollout" if job == "rl" else "evaluation"] = rolling
+        if job == "rl":
+            found["learning"]["KV cache"] = slots  # it stays
+            if rl.eval_every:
+                found["evaluation"] = rolling | {"KV cache of the evaluation": slots}
+    return {phase: {name: count / GB for name, count in parts.items()} for phase, parts in found.items()}
+
+
+def _step_bytes(
+    job: str, recipe: Recipe, sizes: Architecture, size: int, optim: OptimConfig, *, gpu: bool
+) -> dict[str, float]:
+    """What a step takes at its peak beside what is held and the gradients, which all are there from the second
+    micro-batch on: where a backward pass begins or ends, or where the optimiser works."""
+    lora, again = recipe.model.lora, recipe.engine.gradient_checkpointing
+    head = 0 if lora.rank else sizes.head * size  # of its gradient, which each chunk of logits makes anew
+    copies = LOGIT_COPIES + (ENTROPY_COPIES if job == "rl" and recipe.rl.entropy_bonus else 0)
+    cases: list[dict[str, float]] = [{"optimiser's step": _optimiser_step_bytes(sizes, recipe, optim, gpu=gpu)}]
+    for shape in shapes(job, recipe):
+        hidden, logits = shape.tokens * sizes.hidden_size * size, shape.tokens * sizes.vocab_size
+        layer, working = _layer_bytes(sizes, shape, size, lora)
+        outside = OUTSIDE_LAYERS * hidden + shape.mask
+        kept = outside + sizes.num_hidden_layers * (hidden if again else layer)
+        working += (layer if again else 0) + (head if sizes.tie_word_embeddings else 0)
+        chunk = 4 * min(MAX_LOGITS, logits)
+        vocabulary = max(copies * chunk, (copies - 1) * chunk + (2 if logits > MAX_LOGITS else 1) * head)
+        cases.append({ACTIVATIONS: kept, "logits": vocabulary})
+        cases.append({ACTIVATIONS: kept + working})
+        if size == 2 and not lora.rank:  # the backward pass ends; then its gradients are added to the fp32 ones
+            cases.append({ACTIVATIONS: outside + working, "gradients (bf16)": 2 * _learnt(sizes, lora)[1]})
+    return max(cases, key=lambda case: sum(case.values()))
+
+
+def estimate_memory(job: str, recipe: Recipe, architecture: Architecture, *, gpu: bool) -> dict[str, float]:
+    """GiB by part at the local engine's peak: in the phase of ``estimate_phases`` that takes most."""
+    phases = estimate_phases(job, recipe, architecture, gpu=gpu)
+    return max(phases.values(), key=lambda parts: sum(parts.values()))
 
 
 def count_rows(spec: str, file: str, split: str) -> tuple[int | None, str]:
@@ -239,11 +384,15 @@ def make_plan(job: str, recipe: Recipe, *, machine: Machine | None = None) -> Pl
     size = f"{_short(architecture.parameters)} parameters" if architecture else "its size is not at hand"
     plan.facts.append(("model", f"{recipe.model.path}, {size}"))
     plan.facts.append(("format", f"{recipe.rollout.format}, {'with' if recipe.rollout.tools else 'without'} the tool"))
+    if recipe.model.lora.rank:
+        plan.facts.append(("LoRA", f"rank {recipe.model.lora.rank} on {', '.join(recipe.model.lora.targets)}"))
     _JOBS[job](recipe, plan)
     plan.facts.append(("run folder", str(Path(recipe.run.out) / recipe.run.name)))
     if architecture:
         plan.memory_gb = estimate_memory(job, recipe, architecture, gpu=machine.is_gpu)
         plan.on_gpu_gb = estimate_memory(job, recipe, architecture, gpu=True)
+        phases = estimate_phases(job, recipe, architecture, gpu=True)
+        plan.phases_gb = {phase: sum(parts.values()) for phase, parts in phases.items()}
     return plan
 
 
@@ -251,8 +400,9 @@ def _short(count: int) -> str:
     return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
 
 
-def _data(recipe: Recipe, plan: Plan, *, train: bool, test: bool) -> int | None:
-    """Add the data sets to the plan; returns the rows of the training set, where they are known."""
+def _data(recipe: Recipe, plan: Plan, *, train: bool, split: str) -> int | None:
+    """Add the data sets to the plan, ``split`` (may be empty) as what is evaluated on; returns the rows of the training
+    set, where they are known."""
     data = recipe.data
     if data.train == "world":
         plan.facts.append(("data", "world: made as needed"))
@@ -264,10 +414,13 @@ def _data(recipe: Recipe, plan: Plan, *, train: bool, test: bool) -> int | None:
         plan.facts.append(("train on", f"{data.train}: {_number(rows)} ({whence})"))
         if data.against:
             plan.facts.append(("less what is in", ", ".join(split_spec(spec)[0] for spec in data.against)))
-    if test:
-        name, split = (data.test, "") if data.test else (data.train, "test")
-        found, whence = count_rows(name, data.test_file, split)
-        plan.facts.append(("evaluate on", f"{name}, {data.test_split}: {_number(found)} ({whence})"))
+    if split == "dev":
+        tenth = max(1, rows // 10) if rows else None
+        plan.facts.append(("evaluate on", f"{data.train}, dev: {_number(tenth)} (the training set's last tenth)"))
+    elif split:
+        name, part = (data.test, "") if data.test else (data.train, "test")
+        found, whence = count_rows(name, data.test_file, part)
+        plan.facts.append(("evaluate on", f"{name}, test: {_number(found)} ({whence})"))
     return rows
 
 
@@ -277,7 +430,7 @@ def _number(rows: int | None) -> str:
 
 def _plan_sft(recipe: Recipe, plan: Plan) -> None:
     sft = recipe.sft
-    rows = _data(recipe, plan, train=True, test=False)
+    rows = _data(recipe, plan, train=True, split="")
     # A tenth is held out (data/sources.py).
     steps = sft.steps or (-(-(rows - max(1, rows // 10)) * sft.epochs // sft.batch_size) if rows else 0)
     shown = f"{steps:,}" if steps else f"as many as {sft.epochs} × the data need"
@@ -288,16 +441,26 @@ def _plan_sft(recipe: Recipe, plan: Plan) -> None:
 
 def _plan_rl(recipe: Recipe, plan: Plan) -> None:
     rl, rollout = recipe.rl, recipe.rollout
-    _data(recipe, plan, train=True, test=bool(rl.eval_every))
+    _data(recipe, plan, train=True, split=rl.eval_split if rl.eval_every else "")
     trajectories = rl.prompts * rl.group_size
+    rounds = rl.dynamic_sampling.max_rounds if rl.dynamic_sampling.enabled else 1
+    sampled = round(rounds * rl.tail.oversample * trajectories)
     updates = rl.prompts // (rl.minibatch_prompts or rl.prompts)
     plan.facts += [
-        ("algorithm", f"{rl.algorithm}, reward {rl.reward}, {rl.grading} grading"),
+        ("algorithm", f"{rl.algorithm}: advantage {rl.advantage}, loss {rl.loss}, {rl.aggregation}"),
+        ("reward", f"{rl.reward}, {rl.grading} grading"),
         ("steps", f"{rl.steps:,}, {trajectories:,} trajectories each ({rl.prompts} tasks × {rl.group_size})"),
         ("optimiser steps a step", f"{updates}"),
         ("turns", f"at most {rollout.max_turns}, {rollout.max_response_tokens:,} response tokens"),
-        ("tokens a step", f"at most {trajectories * rollout.max_response_tokens:,} sampled and observed"),
+        ("tokens a step", f"at most {sampled * rollout.max_response_tokens:,} sampled and observed"),
     ]
+    if rounds > 1:
+        at_most = f"at most {rounds} rounds, {sampled:,} trajectories a step"
+        plan.facts.append(("dynamic sampling", f"groups all right or all wrong are replaced: {at_most}"))
+    if rl.has_critic:
+        plan.facts.append(("critic", f"of the actor's size, alone for {rl.critic.warmup_steps} steps"))
+    if rl.kl.place != "off":
+        plan.facts.append(("KL penalty", f"in the {rl.kl.place}, {rl.kl.coef:g} × {rl.kl.estimator}"))
     if rl.eval_every:
         plan.facts.append(
             ("evaluations", f"every {rl.eval_every} steps, at most {rl.eval_size} problems × {recipe.eval.k} samples")
@@ -305,7 +468,7 @@ def _plan_rl(recipe: Recipe, plan: Plan) -> None:
 
 
 def _plan_eval(recipe: Recipe, plan: Plan) -> None:
-    _data(recipe, plan, train=False, test=True)
+    _data(recipe, plan, train=False, split=recipe.data.test_split)
     size, k = recipe.data.test_size, recipe.eval.k
     plan.facts.append(("samples", f"at most {size} problems × {k}"))
     plan.facts.append(("tokens", f"at most {size * k * recipe.rollout.max_response_tokens:,}"))
@@ -322,21 +485,23 @@ def render(plan: Plan) -> str:
         return "\n".join([*lines, "memory: not known, since the model is not at hand"])
     machine, both = plan.machine, not plan.machine.is_gpu and plan.on_gpu_gb != plan.memory_gb
     columns = [plan.memory_gb, plan.on_gpu_gb] if both else [plan.memory_gb]
-    wide = max(len(name) for name in plan.memory_gb)
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    wide = max(len(name) for name in names)
     header = "".join(f"{title:>12}" for title in ([machine.device, "GPU, bf16"] if both else [machine.device[:12]]))
-    lines += ["", f"{'memory, estimated, GB':{wide + 2}}{header}"]
-    for name in plan.memory_gb:
-        lines.append(f"  {name:{wide}}" + "".join(f"{column[name]:12.2f}" for column in columns))
+    lines += ["", f"{'memory, estimated, GiB':{wide + 2}}{header}"]
+    for name in names:
+        lines.append(f"  {name:{wide}}" + "".join(f"{column.get(name, 0.0):12.2f}" for column in columns))
     lines.append(f"  {'all':{wide}}" + "".join(f"{sum(column.values()):12.2f}" for column in columns))
-    where = f"{machine.device}, {machine.memory_gb:.1f} GB"
-    lines.append(f"fits this machine ({where}): {'yes' if plan.total_gb <= machine.memory_gb else 'no'}")
+    if len(plan.phases_gb) > 1:
+        shown = ", ".join(f"{phase} {size:.2f}" for phase, size in plan.phases_gb.items())
+        lines.append(f"peaks of the phases on a GPU: {shown}")
+    fits = "yes" if plan.total_gb <= (1 - SPARE) * machine.memory_gb else "hardly: too little is left free"
+    fits = fits if plan.total_gb <= machine.memory_gb else "no"
+    lines.append(f"fits this machine ({machine.device}, {machine.memory_gb:.1f} GiB): {fits}")
     needed = sum(plan.on_gpu_gb.values())
-    gpus = int(-(-needed // CLUSTER_GPU_GB))
+    gpus = int(-(-needed // ((1 - SPARE) * CLUSTER_GPU_GB)))
     if gpus > 1:
-        lines.append(
-            f"too large for one GPU of {CLUSTER_GPU_GB} GB: split evenly it fills {gpus} of them, less where a cluster "
-            "engine makes activations again"
-        )
+        lines.append(f"too large for one GPU of {CLUSTER_GPU_GB} GB: split evenly it fills {gpus} of them")
     elif not machine.is_gpu:
         lines.append(f"fits one GPU of {CLUSTER_GPU_GB} GB: yes")
     return "\n".join(lines)

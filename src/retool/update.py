@@ -62,7 +62,7 @@ class Trainer:
         self.critic: Learner | None = None
         if config.has_critic:
             self.critic = Learner(
-                Critic(model), config.critic.optim, total_steps=config.steps * updates,
+                Critic(model), config.critic.optim, total_steps=config.steps * updates * config.critic.epochs,
                 micro_batch_tokens=config.micro_batch_tokens, forward=token_values,
             )  # fmt: skip
         self.reference: Any = None
@@ -135,7 +135,7 @@ class Trainer:
             )
             return loss_N, {"critic/vf_clipfrac": clipped_N, "critic/vpred_mean": values_N.detach()}
 
-        parts = [critic.update(samples, loss) for samples, _ in batches]
+        parts = [critic.update(samples, loss) for _ in range(config.epochs) for samples, _ in batches]
         if not parts:
             return {}
         names = {"loss": "critic/vf_loss", "grad_norm": "critic/grad_norm", "lr": "critic/lr"}

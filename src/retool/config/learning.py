@@ -47,6 +47,8 @@ class CriticConfig(Section):
     """GAE's γ and λ."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps in which the critic alone learns."""
+    epochs: int = Field(default=1, ge=1)
+    """How often the critic goes over a step's batch."""
     value_clip: float = Field(default=0.5, gt=0)
     """How far a value may move from what it was when the step began."""
     whiten_advantages: bool = True

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retool.config import Recipe, recipe_toml
+from retool.config import HealthConfig, Recipe, recipe_toml
 from retool.engine.checkpoint import ADAPTER
 from retool.engine.lora import add_lora, load_adapter
 from retool.engine.model import load_model, prepare_torch
@@ -104,12 +104,31 @@ def find_checkpoint(recipe: Recipe, job: str, complain: Callable[[str], None]) -
     if other != job:
         raise UserError(f"run.name = {recipe.run.name!r}: {path} holds a run of {other}; choose another name")
     checkpoint = folder.sound_checkpoint(complain)
-    if checkpoint and folder.config() != tomllib.loads(recipe_toml(recipe)):
+    changed = sorted(_differences(folder.config(), tomllib.loads(recipe_toml(recipe))) - MAY_CHANGE)
+    if checkpoint and changed:
         raise UserError(
-            f"run.name = {recipe.run.name!r}: {path} holds a run with other settings; choose another name, remove it, "
-            "or give the same settings to go on"
+            f"run.name = {recipe.run.name!r}: {path} holds a run with other settings ({', '.join(changed[:3])}); choose "
+            "another name, remove it, or give the same settings to go on"
         )
     return checkpoint
+
+
+MAY_CHANGE = {
+    *(f"run.{name}" for name in ("out", "name", "resume", "threads", "keep_checkpoints", "trackers", "project")),
+    *(f"{job}.{name}" for job in ("sft", "rl") for name in ("steps", "epochs", "save_every")),
+    *(f"health.{name}" for name in HealthConfig.model_fields),
+    "sandbox.workers",
+}
+"""Settings with which a run may be taken up again: where it lies, how long it goes on, what is kept of it."""
+
+
+def _differences(one: Any, other: Any, name: str = "") -> set[str]:
+    """The dotted names of settings that two trees do not share. A setting that one of them lacks is none: it was added
+    since, or removed."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return set() if one == other else {name}
+    inner = (_differences(one[k], other[k], f"{name}.{k}" if name else k) for k in one.keys() & other.keys())
+    return set().union(*inner)
 
 
 def begin_run(recipe: Recipe, checkpoint: Path | None = None) -> RunFolder:
