@@ -175,7 +175,9 @@ def test_checkpointing_keeps_hidden_states() -> None:
     assert again[ACTIVATIONS] == tokens * 4 * (30 + 5) * 64
     half = learning(model, gpu=True, **one_row)  # norms work in fp32
     assert half[ACTIVATIONS] == tokens * (30 * (2 * 64 * (4 + 2 + 2) + 2 * 4 * (64 + 160)) + 2 * 5 * 64)
-    assert whole["logits"] == 3 * 4 * MAX_LOGITS + 2 * 4 * 64 * 100_000  # with two copies of the head's gradient
+    assert whole["logits"] == 4 * 4 * MAX_LOGITS
+    wide = learning(Architecture(512, 30, 4, 2, 160, 100_000, True), **one_row)
+    assert wide["logits"] == 3 * 4 * MAX_LOGITS + 2 * 4 * 512 * 100_000  # two copies of the head's gradient
 
 
 def test_the_peak_is_that_of_the_largest_phase() -> None:

@@ -10,8 +10,8 @@ from retool.formats import make_format
 from retool.rollout import Rollout
 from retool.store import read_groups, write_trajectories
 from retool.tail import PendingGroup, run_until
-from retool.types import Finish, SamplingParams, StopReason, Task, TokenOutput, TrajectoryGroup
-from tests.fakes import ScriptedSandbox, tiny_tokenizer
+from retool.types import ExecutionResult, Finish, SamplingParams, StopReason, Task, TokenOutput, TrajectoryGroup
+from tests.fakes import ScriptedSandbox, ok, tiny_tokenizer
 
 FMT = make_format(RolloutConfig(), tiny_tokenizer())
 CONFIG = RolloutConfig(max_turns=3, max_response_tokens=400, max_context=2000)
@@ -129,5 +129,41 @@ def test_with_nothing_left_over_all_are_run_to_their_end() -> None:
         done, rest = await run_until(make_rollout(policy), pending(2), 5, seed=0)
         assert (len(done), rest) == (2, [])
         assert not policy.cut.is_set()
+
+    asyncio.run(job())
+
+
+def test_code_that_runs_is_cut_off_and_runs_again() -> None:
+    """The first sandbox never answers the slow session; its turn is kept, and the next step runs its code anew."""
+
+    async def job() -> None:
+        policy = SlowPolicy([CALL, "So \\boxed{1}."], slow={"5/t1/0"})
+        rollout = make_rollout(policy)
+        stuck = ScriptedSandbox({"1": "1"}, held=True)
+        groups = pending(2, size=1)
+
+        async def execute(code: str, timeout_s: float, *, session: str = "") -> ExecutionResult:
+            # the first to ask is the quick one
+            if len(stuck.runs) == 0 and not rollout_runs:
+                rollout_runs.append(code)
+                return ok("1")
+            return await stuck.execute(code, timeout_s, session=session)
+
+        rollout_runs: list[str] = []
+        rollout.sandbox.execute = execute  # type: ignore[union-attr, method-assign]
+        policy.slow = set()
+        done, rest = await run_until(rollout, groups, 1, seed=0)
+        assert len(done) == len(rest) == 1
+        assert stuck.cancelled == 1
+        (cut,) = rest[0].trajectories.values()
+        assert cut.turns[-1].output.finish is Finish.STOP
+        assert (len(cut.turns[-1].calls), cut.turns[-1].executions, cut.stop_reason) == (1, [], None)
+        second = SlowPolicy([CALL, "So \\boxed{1}."], slow=set(), version=1)
+        (group,), _ = await run_until(make_rollout(second), rest, 1, seed=0)
+        (whole,) = group.trajectories
+        assert [turn.output.token_ids for turn in whole.turns] == second.turns
+        assert len(second.asked) == 1, "the turn that was whole is not sampled again"
+        assert whole.turns[0].executions[0] is not None
+        assert [turn.output.policy_version for turn in whole.turns] == [0, 1]
 
     asyncio.run(job())

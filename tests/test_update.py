@@ -13,9 +13,10 @@ import torch
 from retool.algo.advantages import gae, whiten
 from retool.algo.batch import Sample, loss_shares, micro_batches
 from retool.algo.losses import value_loss
-from retool.config import RLConfig, make_recipe
+from retool.config import LoraConfig, RLConfig, make_recipe
 from retool.engine.critic import Critic, token_values
 from retool.engine.learner import Learner, policy_forward
+from retool.engine.lora import add_lora
 from retool.types import Finish, StopReason, Task, TokenOutput, Trajectory, TrajectoryGroup, Turn
 from retool.update import Trainer, policy_loss
 from tests.engine.test_learner import CONFIGS, make_model, make_samples
@@ -283,3 +284,20 @@ def test_bf16_weights_learn_at_a_small_rate() -> None:
     assert float((moved > 0).float().mean()) > 0.5
     after = torch.cat([p.detach().float().flatten() for p in model.parameters()])
     assert torch.equal(after, masters.to(torch.bfloat16).float())
+
+
+def test_ppo_with_adapters_trains_adapters_only() -> None:
+    model = make_model(CONFIGS[0])
+    add_lora(model, LoraConfig(rank=2), seed=0)
+    base = {name: p.detach().clone() for name, p in model.named_parameters() if "lora" not in name}
+    t = trainer(model, algorithm="ppo", critic={"optim": {"lr": 1e-2}}, optim={"lr": 1e-2}, kl={"place": "reward"})
+    assert t.critic is not None
+    before = {name: p.detach().clone() for name, p in t.critic.model.named_parameters()}
+    for step in range(2):
+        t.step([group(1.0, -1.0)], step, step)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in base.items())
+    moved = {name for name, p in t.critic.model.named_parameters() if not torch.equal(p, before[name])}
+    assert "value_head.weight" in moved
+    assert all("lora" in name or "value_head" in name for name in moved)
+    assert t.reference is None, "the base with its adapters off is the reference"

@@ -94,8 +94,9 @@ async def run_trajectory(
 
     Args:
         start: a paused attempt to go on with; it is left as it is.
-        pause: once it is set, and the policy interrupted, the attempt is given back as it stands, ``stop_reason`` None;
-            code that runs is waited for. A turn that was cut off is the last one, with ``Finish.ABORT``.
+        pause: once it is set, and the policy interrupted, the attempt is given back as it stands, ``stop_reason`` None.
+            A turn that was cut off is the last one, with ``Finish.ABORT``; one whose code was cut off has its calls and
+            no executions, and its code will run again from the start.
 
     Raises:
         InvariantError: the policy broke its promise, or the ids are not what was sampled and observed.
@@ -117,8 +118,8 @@ async def run_trajectory(
         rollout.policy.release(session)
         if rollout.stateful and rollout.sandbox is not None:
             rollout.sandbox.release(session)
-    if begun is not None:  # paused again before it could go on
-        trajectory.turns.append(Turn(begun, rollout.fmt.decode(begun.token_ids)))
+    if begun is not None and start is not None:  # paused again before it could go on
+        trajectory.turns.append(start.turns[-1])
         ids += begun.token_ids
     trajectory = replace(trajectory)
     _check_trajectory(trajectory, ids)
@@ -126,10 +127,14 @@ async def run_trajectory(
 
 
 def _cut_off(trajectory: Trajectory) -> TokenOutput | None:
-    """Take the turn out that was cut off, if the last one was."""
-    if trajectory.stop_reason is None and trajectory.turns and trajectory.turns[-1].output.finish is Finish.ABORT:
+    """Take the turn out that was cut off, or whose code was, if the last one is such."""
+    if trajectory.stop_reason is None and trajectory.turns and _is_cut(trajectory.turns[-1]):
         return trajectory.turns.pop().output
     return None
+
+
+def _is_cut(turn: Turn) -> bool:
+    return turn.output.finish is Finish.ABORT or len(turn.executions) < len(turn.calls)
 
 
 async def run_groups(
@@ -208,10 +213,12 @@ async def _take_turn(
         return
 
     started = time.monotonic()
-    executions = await _execute(rollout, calls, session)
+    executions = await _unless_paused(_execute(rollout, calls, session), pause)
     trajectory.sandbox_s += time.monotonic() - started
-    turn = Turn(output, text, calls, executions)
+    turn = Turn(output, text, calls, executions or [])
     trajectory.turns.append(turn)
+    if executions is None:
+        return
     if any(result is not None and result.status is ExecutionStatus.INFRA for result in executions):
         trajectory.stop_reason = StopReason.INFRA
         return
@@ -235,6 +242,8 @@ async def _sample(
     """What the policy says next, and its text. A stop string inside a call that is still being written (a program that
     prints the tag) ends nothing: the same turn goes on, as one that was cut off does, with random numbers of its own.
     """
+    if begun is not None and begun.finish is Finish.STOP:  # it was whole, and its code was cut off
+        return begun, rollout.fmt.decode(begun.token_ids)
     so_far = begun or TokenOutput([], [], Finish.STOP)
     for piece in range(1, MAX_PIECES + 1):
         done = len(so_far.token_ids)
@@ -316,6 +325,20 @@ async def _execute(rollout: Rollout, calls: list[ToolCall], session: str) -> lis
     return executions
 
 
+async def _unless_paused(work: Coroutine[Any, Any, T], pause: asyncio.Event | None) -> T | None:
+    """What ``work`` returns; None where the pause comes first, and ``work`` is cancelled."""
+    if pause is None:
+        return await work
+    doing, paused = asyncio.ensure_future(work), asyncio.ensure_future(pause.wait())
+    try:
+        await asyncio.wait({doing, paused}, return_when=asyncio.FIRST_COMPLETED)
+        return await doing if doing.done() else None
+    finally:
+        doing.cancel()
+        paused.cancel()
+        await asyncio.gather(doing, paused, return_exceptions=True)
+
+
 async def _continue(rollout: Rollout, call: ToolCall, session: str) -> ExecutionResult | None:
     if call.code is None or rollout.sandbox is None:
         return None
@@ -374,5 +397,6 @@ def _check_trajectory(trajectory: Trajectory, ids: list[int]) -> None:
         raise InvariantError(f"task {trajectory.task.id}: the trajectory's ids are not those that the policy continued")
     if not len(ids) == len(trajectory.mask_T) == len(trajectory.logprobs_T):
         raise InvariantError(f"task {trajectory.task.id}: ids, mask and log-probabilities are not aligned")
-    if any(len(turn.executions) != len(turn.calls) for turn in trajectory.turns):
+    whole = trajectory.turns if trajectory.stop_reason else trajectory.turns[:-1]
+    if any(len(turn.executions) != len(turn.calls) for turn in whole):
         raise InvariantError(f"task {trajectory.task.id}: executions are not aligned with calls")

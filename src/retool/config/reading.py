@@ -52,6 +52,11 @@ class Recipe(Section):
                 "run.deterministic = true: with rl.tail.oversample > 1 the batch depends on which group is done first; "
                 "set one of them otherwise"
             )
+        if self.sandbox.stateful and self.rl.tail.partial:
+            raise ValueError(
+                "sandbox.stateful = true: with rl.tail.partial a trajectory goes on in a later step, when its "
+                "interpreter is gone; set one of them to false"
+            )
         return self
 
 

@@ -107,8 +107,8 @@ def find_checkpoint(recipe: Recipe, job: str, complain: Callable[[str], None]) -
     changed = sorted(_differences(folder.config(), tomllib.loads(recipe_toml(recipe))) - MAY_CHANGE)
     if checkpoint and changed:
         raise UserError(
-            f"run.name = {recipe.run.name!r}: {path} holds a run with other settings ({', '.join(changed[:3])}); choose "
-            "another name, remove it, or give the same settings to go on"
+            f"run.name = {recipe.run.name!r}: {path} holds a run with other settings ({', '.join(changed[:3])}); "
+            "choose another name, remove it, or give the same settings to go on"
         )
     return checkpoint
 
