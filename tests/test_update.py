@@ -301,3 +301,10 @@ def test_ppo_with_adapters_trains_adapters_only() -> None:
     assert "value_head.weight" in moved
     assert all("lora" in name or "value_head" in name for name in moved)
     assert t.reference is None, "the base with its adapters off is the reference"
+
+
+@pytest.mark.parametrize("settings", [{}, {"algorithm": "ppo"}, {"correction": {"level": "token"}},
+                                      {"kl": {"place": "loss"}}])  # fmt: skip
+def test_a_step_in_which_everything_was_lost_changes_nothing(settings: dict[str, Any]) -> None:
+    t = trainer(make_model(CONFIGS[0]), **settings)
+    assert t.step([TrajectoryGroup(TASK, [])], 0, 0) == {"actor/updates": 0.0, "actor/skipped": 0}

@@ -15,7 +15,7 @@ from retool.collect import Collector
 from retool.config import Recipe
 from retool.data.sources import Source, open_source
 from retool.engine.checkpoint import load_state, save_checkpoint
-from retool.engine.model import load_model, release_memory, use_threads
+from retool.engine.model import load_model, prepare_torch, release_memory, use_threads
 from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, open_sandbox, step_of
 from retool.errors import HealthError, InfraError
 from retool.evaluate import sample as sample_evaluation
@@ -43,7 +43,10 @@ def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     checkpoint = find_checkpoint(recipe, "rl", progress.line)
     runtime = load_runtime(recipe, checkpoint)
     moved = checkpoint is not None and recipe.rl.kl.place != "off" and not recipe.model.lora.rank
-    reference = load_model(recipe.model)[0] if moved else None
+    reference = None
+    if moved:
+        prepare_torch(recipe.run)  # random weights, where the recipe asks for such, are drawn again
+        reference, _ = load_model(recipe.model)
     folder = begin_run(recipe, checkpoint)
 
     async def job() -> dict[str, Any]:

@@ -88,6 +88,8 @@ class Trainer:
             for number, group in enumerate(groups)
             for t in group.trajectories
         ]
+        if not lessons:
+            return actor_metrics([])
         metrics = _staleness(lessons, version)
         if config.correction.level != "off":
             metrics |= self._correct(lessons)
@@ -202,8 +204,6 @@ class Trainer:
             if len(value):
                 rewards_N[-1] += x.trajectory.reward
             found.append(adv.gae(rewards_N, torch.tensor(value, dtype=torch.float64), config.gamma, config.lam))
-        if not found:
-            return {}
         advantages_N, returns_N = (torch.cat(column) for column in zip(*found, strict=True))
         values_N = torch.tensor([v for value in values for v in value], dtype=torch.float64)
         metrics = {
