@@ -40,8 +40,8 @@ RUNS = {
     ],
     "ppo": ["rl.algorithm=ppo", "rl.critic.optim.lr=1e-3"],
 }  # fmt: skip
-NOT_COMPARED = ("timing_s/", "perf/", "tool/duration", "tool/wait")
-"""Metrics that are clock time."""
+NOT_COMPARED = ("timing_s/", "perf/", "tool/duration", "tool/wait", "grading/")
+"""Metrics that are clock time, or tell what a process had to judge because it had not seen it before."""
 LEFT_S = 20.0
 """Seconds after which a process that outlives its run counts as an orphan."""
 
@@ -114,9 +114,17 @@ def check_whole(folder: Path) -> None:
             raise SystemExit(f"{checkpoint}: half a checkpoint ({fault if fault else 'no checksums'})")
 
 
-def timeless(folder: Path) -> str:
+def timeless(folder: Path) -> list[dict[str, str]]:
+    """Values as JSON, so that NaN equals NaN."""
     rows = read_metrics(folder / "metrics.jsonl")
-    return json.dumps([{k: v for k, v in row.items() if not k.startswith(NOT_COMPARED)} for row in rows])
+    return [{k: json.dumps(v) for k, v in row.items() if not k.startswith(NOT_COMPARED)} for row in rows]
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    a, b = timeless(one), timeless(other)
+    if len(a) != len(b):
+        return [f"{len(a)} and {len(b)} steps"]
+    return sorted({k for x, y in zip(a, b, strict=True) for k in x.keys() | y.keys() if x.get(k) != y.get(k)})
 
 
 def equal_weights(one: Path, other: Path) -> bool:
@@ -158,12 +166,13 @@ def main() -> None:
                 places.append(where)
                 check_whole(cut)
             counted = {place: places.count(place) for place in sorted(set(places))}
-            same_metrics, same_weights = timeless(whole) == timeless(cut), equal_weights(
-                RunFolder.open(whole).latest_checkpoint() or whole, RunFolder.open(cut).latest_checkpoint() or cut
-            )  # fmt: skip
+            differing = differences(whole, cut)
+            ends = [RunFolder.open(folder).latest_checkpoint() or folder for folder in (whole, cut)]
+            same_weights = equal_weights(*ends)
             print(f"{title}: {len(places)} kills ({counted}), {starts} starts, undisturbed {seconds:.0f} s")
-            print(f"  metrics equal: {same_metrics}; weights equal bit by bit: {same_weights}", flush=True)
-            if not (same_metrics and same_weights):
+            print(f"  metrics equal: {not differing}; weights equal bit by bit: {same_weights}", flush=True)
+            if differing or not same_weights:
+                print(f"  differing: {', '.join(differing)}")
                 raise SystemExit(1)
 
 

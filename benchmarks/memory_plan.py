@@ -164,7 +164,7 @@ def train(case: Case) -> Any:
 
 
 def architecture_of(case: Case) -> Any:
-    from retool.plan import Architecture
+    from retool.memory import Architecture
 
     return Architecture(
         case.hidden, case.layers, case.heads, case.kv, case.feed_forward, case.vocabulary, tie_word_embeddings=True
@@ -174,7 +174,7 @@ def architecture_of(case: Case) -> Any:
 def measure(case: Case, *, own_pages: bool) -> dict[str, Any]:
     """In a process of its own."""
     from retool.algo.batch import micro_batches
-    from retool.plan import estimate_phases
+    from retool.memory import estimate_phases
 
     libc = ctypes.CDLL("libc.so.6")
     if own_pages:

@@ -62,7 +62,8 @@ TABLE: dict[str, Row] = {
     "evaluate": row(4, *GROUND, *MIDDLE, *LEARNING, packages="torch numpy"),
     "nano": row(4, *GROUND, *MIDDLE, *LEARNING, packages="click torch numpy tokenizers transformers safetensors"),
     "doctor": row(4, *GROUND, "sandbox", packages="torch packaging"),
-    "plan": row(4, *GROUND, "data", "doctor", packages="torch pyarrow huggingface_hub"),
+    "memory": row(1, *GROUND),
+    "plan": row(4, *GROUND, "data", "doctor", "memory", packages="torch pyarrow huggingface_hub"),
     "report": row(4, "types", "errors", "store", "metrics", packages="jinja2 markupsafe matplotlib numpy pygments"),
     "viewer": row(4, "types", "errors", "store", "metrics", packages="jinja2 markupsafe pygments"),
     "quickstart": row(

@@ -9,6 +9,7 @@ from typing import Any
 from retool.config import Recipe
 from retool.data.sources import open_source
 from retool.engine.model import use_threads
+from retool.engine.policy import LocalPolicy
 from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, open_sandbox
 from retool.grading.grader import judge
 from retool.metrics import evaluation_summary
@@ -49,12 +50,17 @@ async def sample(
     progress: Progress | None = None,
     label: str = "evaluation",
     step: int = EVAL_STEP,
+    policy: LocalPolicy | None = None,
 ) -> list[TrajectoryGroup]:
-    """Sample and grade k trajectories for each task, with the evaluation's own temperature and top-p."""
+    """Sample and grade k trajectories for each task, with the evaluation's own temperature and top-p.
+
+    Args:
+        policy: one that is there already, so that its KV cache serves here too.
+    """
     recipe = runtime.recipe
     use_threads(recipe.run, sandbox=recipe.rollout.tools)
     config = recipe.rollout.model_copy(update={"temperature": recipe.eval.temperature, "top_p": recipe.eval.top_p})
-    rollout = replace(runtime.rollout(runtime.policy(), sandbox), config=config)
+    rollout = replace(runtime.rollout(policy or runtime.policy(), sandbox), config=config)
     with (progress or Progress(quiet=True)).stage(label, total=len(tasks) * recipe.eval.k) as stage:
         groups = await run_groups(
             rollout,

@@ -16,6 +16,7 @@ from retool.config import Recipe
 from retool.data.sources import Source, open_source
 from retool.engine.checkpoint import load_state, save_checkpoint
 from retool.engine.model import load_model, prepare_torch, release_memory, use_threads
+from retool.engine.policy import LocalPolicy
 from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, open_sandbox, step_of
 from retool.errors import HealthError, InfraError
 from retool.evaluate import sample as sample_evaluation
@@ -112,7 +113,7 @@ async def train(
             metrics |= rollout_metrics(batch.rolled) | batch.metrics
             if config.eval_every and (step + 1) % config.eval_every == 0:
                 with clock.time("eval"):
-                    metrics |= await validate(runtime, source, sandbox, config.eval_size, step)
+                    metrics |= await validate(runtime, policy, source, sandbox, step)
             with clock.time("save"):
                 write_step(folder, step + 1, batch.rolled)
             metrics |= clock.seconds() | throughput(batch.rolled, metrics, clock)
@@ -178,9 +179,14 @@ def figures(metrics: dict[str, float]) -> dict[str, float]:
     return {label: value for label, value in found.items() if math.isfinite(value)}
 
 
-async def validate(runtime: Runtime, source: Source, sandbox: Sandbox, size: int, step: int) -> dict[str, float]:
+async def validate(
+    runtime: Runtime, policy: LocalPolicy, source: Source, sandbox: Sandbox, step: int
+) -> dict[str, float]:
     """The in-loop evaluation, on ``rl.eval_split``."""
-    groups = await sample_evaluation(runtime, source.eval_tasks(runtime.recipe.rl.eval_split, size), sandbox)
+    config = runtime.recipe.rl
+    groups = await sample_evaluation(
+        runtime, source.eval_tasks(config.eval_split, config.eval_size), sandbox, policy=policy
+    )
     return validation_metrics(groups, runtime.recipe.eval.k, runtime.recipe.eval.bootstrap, step)
 
 
