@@ -52,6 +52,9 @@ def test_overrides_win_over_the_file_and_the_last_one_over_the_others(tmp_path: 
         ("run.name=2026", "run", "name", "2026"),
         ("run.name=2026-11-22", "run", "name", "2026-11-22"),
         ("run.name=true", "run", "name", "true"),
+        # one word for a list
+        ("health.stop_on=infra", "health", "stop_on", ["infra"]),
+        ('run.trackers=["wandb"]', "run", "trackers", ["wandb"]),
     ],
 )
 def test_an_override_is_read_as_it_is_meant(override: str, section: str, key: str, value: object) -> None:

@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -93,12 +93,15 @@ def _section_at(parts: Sequence[Any]) -> Any:
 
 def _parse_value(text: str, parts: list[str]) -> Any:
     """An override's value as TOML where it is TOML, else as a plain string; a text setting takes what TOML would read
-    as a number or a date as it was typed (``run.name=2026-11-22``)."""
+    as a number or a date as it was typed (``run.name=2026-11-22``), and a list one word (``health.stop_on=infra``)."""
+    wanted = _section_at(parts)
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
-    return text if _section_at(parts) is str and not isinstance(value, str) else value
+        value = text
+    if get_origin(wanted) is list and isinstance(value, str):
+        return [value]
+    return text if wanted is str and not isinstance(value, str) else value
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
