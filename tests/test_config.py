@@ -87,7 +87,7 @@ MISTAKES = [
     ("rl.steps=1.5", "rl.steps = 1.5: "),
     ("rl.steps=true", "rl.steps = True: input should be a number"),
     ("sft.optim.lr=false", "sft.optim.lr = False: input should be a number"),
-    ("sandbox.preload=math", "sandbox.preload = 'math': input should be a valid list"),
+    ("sandbox.preload=3", "sandbox.preload = 3: input should be a valid list"),
     ("run.deterministic=maybe", "run.deterministic = 'maybe': "),
     # ranges
     ("rl.steps=0", "rl.steps = 0: input should be greater than or equal to 1"),
