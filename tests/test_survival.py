@@ -19,7 +19,7 @@ from retool import rl, sft
 from retool.cli import main
 from retool.config import Recipe
 from retool.engine import checkpoint as checkpoint_module
-from retool.engine.runtime import load_runtime, open_sandbox
+from retool.engine.runtime import RunLock, load_runtime, open_sandbox
 from retool.errors import HealthError, InfraError, UserError
 from retool.progress import Progress
 from retool.rollout import run_groups
@@ -76,6 +76,50 @@ def test_a_checkpoint_with_a_flipped_byte_is_named_and_the_one_before_is_used(fi
     assert [row["step"] for row in folder.metrics()] == [1, 2, 3, 4]
 
 
+def test_where_no_checkpoint_is_whole_nothing_is_thrown_away(finished: Path, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", str(finished / "x"), str(tmp_path / "x")], check=True)
+    folder = RunFolder.open(tmp_path / "x")
+    for step in folder.checkpoint_steps():
+        flip_a_byte(folder.checkpoint_path(step) / "config.json")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        sft.run(recipe_of(tmp_path), progress=QUIET)
+    assert folder.checkpoint_steps() == [1, 2, 3, 4]
+    assert len(folder.metrics()) == 4
+
+
+def test_a_summary_that_a_kill_prevented_is_written_when_the_command_is_typed_again(
+    finished: Path, tmp_path: Path
+) -> None:
+    subprocess.run(["cp", "-r", str(finished / "x"), str(tmp_path / "x")], check=True)
+    (tmp_path / "x/summary.json").unlink()
+    assert sft.run(recipe_of(tmp_path), progress=QUIET)["checkpoint"].endswith("step_000004")
+    assert RunFolder.open(tmp_path / "x").summary()["steps"] == 4
+
+
+def test_two_processes_do_not_work_in_one_folder(finished: Path) -> None:
+    recipe = recipe_of(finished)
+    with RunLock(recipe), pytest.raises(UserError, match="another process is at work"):
+        sft.run(recipe, progress=QUIET)
+    assert sft.run(recipe, progress=QUIET)["steps"] == 4
+
+
+def test_more_steps_are_the_same_run_only_where_nothing_depended_on_their_number(tmp_path: Path) -> None:
+    rl_run = {"steps": 2, "eval_every": 0}
+    rl.run(small_recipe(tmp_path, "x", rl=rl_run), progress=QUIET)
+    assert rl.run(small_recipe(tmp_path, "x", rl=rl_run | {"steps": 3}), progress=QUIET)["steps"] == 3
+    fixed = rl_run | {"optim": {"schedule": "linear", "lr": 1e-4}}
+    rl.run(small_recipe(tmp_path, "y", rl=fixed), progress=QUIET)
+    with pytest.raises(UserError, match=r"other settings \(rl.steps\)"):
+        rl.run(small_recipe(tmp_path, "y", rl=fixed | {"steps": 3}), progress=QUIET)
+
+
+def test_a_best_checkpoint_that_is_gone_is_forgotten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "x")
+    best = Best("val-core/")
+    best.resume({"step": 7, "metric": "val-core/s", "value": 0.9}, folder)
+    assert (best.found, folder.best()) == (None, None)
+
+
 def test_a_missing_file_is_a_fault(finished: Path, tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", str(finished / "x"), str(tmp_path / "x")], check=True)
     folder = RunFolder.open(tmp_path / "x")
@@ -116,6 +160,22 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(
     assert fault_of(folder.checkpoint_path(1)) is None
     assert [entry.name for entry in (tmp_path / "x/checkpoints").iterdir() if entry.name.startswith(".")] == []
     assert sft.run(recipe_of(tmp_path), progress=QUIET)["steps"] == 4
+
+
+def test_a_full_disk_is_one_line_wherever_it_strikes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "config.toml")
+
+    monkeypatch.setattr("retool.store.folder.write_file", full)
+    (tmp_path / "r.toml").write_text("", encoding="utf-8")
+    arguments = ["sft", str(tmp_path / "r.toml"), f"run.out={tmp_path}", "sft.steps=1", "model.device=cpu"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert (
+        error == "retool: error: config.toml could not be written (No space left on device); mend this and try again\n"
+    )
 
 
 def test_a_real_full_disk(tmp_path: Path) -> None:

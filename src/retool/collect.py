@@ -4,6 +4,7 @@ nothing (DAPO's dynamic sampling) and cut the long tail off."""
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ class Batch:
     """To learn from: ``rl.prompts`` of them, or fewer where too few were found."""
     rolled: list[TrajectoryGroup]
     """All that were finished in this step; their tokens were paid for."""
+    carried: list[TrajectoryGroup]
+    """Of ``groups``, those that an earlier step had rolled out."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -39,7 +42,7 @@ class Collector:
     tasks: int = 0
     """Tasks drawn so far."""
     draws: int = 0
-    """Rounds so far: the ``step`` in the seeds of what is begun next. Without dynamic sampling, the step itself."""
+    """Rounds so far: the ``step`` in the seeds of what is begun next. Without dynamic sampling, the RL step itself."""
     surplus: list[TrajectoryGroup] = field(default_factory=list)
     """Graded groups that the last batch had no room for."""
     pending: list[PendingGroup] = field(default_factory=list)
@@ -52,7 +55,7 @@ class Collector:
             whatever ``run_trajectory`` and ``judge`` raise.
         """
         config, dynamic = self.recipe.rl, self.recipe.rl.dynamic_sampling
-        ready, rolled = self.surplus, list[TrajectoryGroup]()
+        ready, rolled, carried = self.surplus, list[TrajectoryGroup](), self.surplus
         self.surplus = []
         rounds, replaced = 0, 0
         metrics: dict[str, float] = defaultdict(float)
@@ -71,29 +74,29 @@ class Collector:
             metrics["sampling/replaced"] = replaced
             metrics["sampling/surplus"] = len(rest)
             metrics["sampling/missing"] = config.prompts - len(batch)
-        return Batch(batch, rolled, {name: float(value) for name, value in metrics.items()})
+        return Batch(batch, rolled, carried, {name: float(value) for name, value in metrics.items()})
 
     async def _roll(self, metrics: dict[str, float]) -> list[TrajectoryGroup]:
         """A round of ``rl.prompts`` finished groups."""
         config, tail = self.recipe.rl, self.recipe.rl.tail
-        step, self.draws = self.draws, self.draws + 1
-        wanted = max(config.prompts, round(config.prompts * tail.oversample))
+        draw, self.draws = self.draws, self.draws + 1
+        wanted = math.ceil(config.prompts * tail.oversample)
         tasks = self.source.train_tasks(self.tasks, wanted - len(self.pending))
         self.tasks += len(tasks)
         if tail.oversample == 1:
-            return await run_groups(self.rollout, tasks, config.group_size, seed=self.recipe.run.seed, step=step)
+            return await run_groups(self.rollout, tasks, config.group_size, seed=self.recipe.run.seed, step=draw)
         seen: Counter[str] = Counter()
         begun = []
         for task in tasks:  # two groups of one task must not share random numbers
             first = seen[task.id]
             seen[task.id] += config.group_size
-            begun.append(PendingGroup(task, step, range(first, first + config.group_size)))
+            begun.append(PendingGroup(task, draw, range(first, first + config.group_size)))
         carried = sum(_length(t) for group in self.pending for t in group.trajectories.values())
         groups, rest = await run_until(self.rollout, [*self.pending, *begun], config.prompts, seed=self.recipe.run.seed)
         self.pending = rest if tail.partial else []
-        metrics["tail/carried_tokens"] += carried
-        metrics["tail/groups_left"] += len(rest)
-        metrics["tail/tokens_left"] += sum(_length(t) for group in rest for t in group.trajectories.values())
+        metrics.setdefault("tail/carried_tokens", carried)  # later rounds carry what this step has sampled itself
+        metrics["tail/groups_left"] = len(rest)
+        metrics["tail/tokens_left"] = sum(_length(t) for group in rest for t in group.trajectories.values())
         return groups
 
     async def _grade(self, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
@@ -115,7 +118,7 @@ class Collector:
 
     def state(self) -> dict[str, Any]:
         """Numbers only; ``left_over`` holds the rest."""
-        pending = [[group.step, group.samples.start, group.samples.stop] for group in self.pending]
+        pending = [[group.draw, group.samples.start, group.samples.stop] for group in self.pending]
         return {"tasks": self.tasks, "draws": self.draws, "surplus": len(self.surplus), "pending": pending}
 
     def left_over(self) -> list[TrajectoryGroup]:
@@ -130,8 +133,8 @@ class Collector:
         self.tasks, self.draws = state["tasks"], state["draws"]
         self.surplus = left_over[: state["surplus"]]
         self.pending = [
-            PendingGroup(group.task, step, range(start, stop), {t.sample: t for t in group.trajectories})
-            for group, (step, start, stop) in zip(left_over[state["surplus"] :], state["pending"], strict=True)
+            PendingGroup(group.task, draw, range(start, stop), {t.sample: t for t in group.trajectories})
+            for group, (draw, start, stop) in zip(left_over[state["surplus"] :], state["pending"], strict=True)
         ]
 
 

@@ -10,7 +10,7 @@ from retool.config import Recipe
 from retool.data.sources import open_source
 from retool.engine.model import use_threads
 from retool.engine.policy import LocalPolicy
-from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, open_sandbox
+from retool.engine.runtime import RunLock, Runtime, begin_run, find_checkpoint, load_runtime, open_sandbox
 from retool.grading.grader import judge
 from retool.metrics import evaluation_summary
 from retool.progress import Progress
@@ -24,20 +24,22 @@ EVAL_STEP = -1
 
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: evaluate the recipe's model on its split. Returns what ``summary.json`` holds."""
-    find_checkpoint(recipe, "eval", progress.line)  # refuses the folder of another job
-    runtime = load_runtime(recipe)
-    tasks = open_source(recipe).eval_tasks(recipe.data.test_split, recipe.data.test_size)
-    folder = begin_run(recipe)
-    folder.write_environment(job="eval", seed=recipe.run.seed, device=str(runtime.model.device))
+    with RunLock(recipe) as lock:
+        find_checkpoint(recipe, "eval", progress.line)  # refuses the folder of another job
+        runtime = load_runtime(recipe)
+        tasks = open_source(recipe).eval_tasks(recipe.data.test_split, recipe.data.test_size)
+        folder = begin_run(recipe)
+        lock.take()
+        folder.write_environment(job="eval", seed=recipe.run.seed, device=str(runtime.model.device))
 
-    async def job() -> list[TrajectoryGroup]:
-        async with open_sandbox(recipe) as sandbox:
-            return await sample(runtime, tasks, sandbox, progress=progress)
+        async def job() -> list[TrajectoryGroup]:
+            async with open_sandbox(recipe) as sandbox:
+                return await sample(runtime, tasks, sandbox, progress=progress)
 
-    groups = asyncio.run(job())
-    folder.write_eval("model", groups)
-    summary = summarise(groups, recipe)
-    folder.write_summary({"eval": summary, "model": recipe.model.path, "seed": recipe.run.seed})
+        groups = asyncio.run(job())
+        folder.write_eval("model", groups)
+        summary = summarise(groups, recipe)
+        folder.write_summary({"eval": summary, "model": recipe.model.path, "seed": recipe.run.seed})
     show(summary, progress)
     return summary
 

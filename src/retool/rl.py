@@ -17,7 +17,16 @@ from retool.data.sources import Source, open_source
 from retool.engine.checkpoint import load_state, save_checkpoint
 from retool.engine.model import load_model, prepare_torch, release_memory, use_threads
 from retool.engine.policy import LocalPolicy
-from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, open_sandbox, step_of
+from retool.engine.runtime import (
+    RunLock,
+    Runtime,
+    begin_run,
+    find_checkpoint,
+    finished,
+    load_runtime,
+    open_sandbox,
+    step_of,
+)
 from retool.errors import HealthError, InfraError
 from retool.evaluate import sample as sample_evaluation
 from retool.grading.rewards import find_reward
@@ -41,22 +50,24 @@ def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """
     find_reward(recipe.rl.reward)  # a name that leads nowhere must not cost a model's loading
     check_trackers(recipe)
-    checkpoint = find_checkpoint(recipe, "rl", progress.line)
-    runtime = load_runtime(recipe, checkpoint)
-    moved = checkpoint is not None and recipe.rl.kl.place != "off" and not recipe.model.lora.rank
-    reference = None
-    if moved:
-        prepare_torch(recipe.run)  # random weights, where the recipe asks for such, are drawn again
-        reference, _ = load_model(recipe.model)
-    folder = begin_run(recipe, checkpoint)
+    with RunLock(recipe) as lock:
+        checkpoint = find_checkpoint(recipe, "rl", progress.line)
+        runtime = load_runtime(recipe, checkpoint)
+        moved = checkpoint is not None and recipe.rl.kl.place != "off" and not recipe.model.lora.rank
+        reference = None
+        if moved:
+            prepare_torch(recipe.run)  # random weights, where the recipe asks for such, are drawn again
+            reference, _ = load_model(recipe.model)
+        folder = begin_run(recipe, checkpoint)
+        lock.take()
 
-    async def job() -> dict[str, Any]:
-        async with open_sandbox(recipe) as sandbox:
-            return await train(
-                runtime, folder, sandbox, progress=progress, done=step_of(checkpoint), reference=reference
-            )
+        async def job() -> dict[str, Any]:
+            async with open_sandbox(recipe) as sandbox:
+                return await train(
+                    runtime, folder, sandbox, progress=progress, done=step_of(checkpoint), reference=reference
+                )
 
-    return asyncio.run(job())
+        return asyncio.run(job())
 
 
 async def train(
@@ -89,11 +100,10 @@ async def train(
         collector.load(state["collector"], left_over)
         policy.policy_version = state["policy_version"]
         monitor.replay(folder.metrics())
-        best.found = state["best"]
-        best.publish(folder)
+        best.resume(state["best"], folder)
     if done >= config.steps:
         progress.line(f"{label}: all {config.steps} steps are done already, in {folder.path}")
-        return folder.summary()
+        return finished(folder, done)
     tracker = open_trackers(folder, recipe, progress.line, job="rl", done=done)
     summary: dict[str, Any] = {"steps": config.steps}
 
@@ -115,7 +125,7 @@ async def train(
                 with clock.time("eval"):
                     metrics |= await validate(runtime, policy, source, sandbox, step)
             with clock.time("save"):
-                write_step(folder, step + 1, batch.rolled)
+                write_step(folder, step + 1, [*batch.rolled, *batch.carried])
             metrics |= clock.seconds() | throughput(batch.rolled, metrics, clock)
             alarms = monitor.check(step + 1, metrics)
             metrics |= {f"health/{alarm.name}": 1.0 for alarm in alarms}
@@ -126,19 +136,18 @@ async def train(
             last, fatal = step + 1 == config.steps, monitor.fatal(alarms)
             better = best.update(step + 1, metrics)
             if last or better or (config.save_every and (step + 1) % config.save_every == 0):
-                best.publish(folder)
                 state = {
                     "trainer": trainer.state_dict(),
                     "collector": collector.state(),
                     "policy_version": policy.policy_version,
-                    "best": best.found,
                 }
                 summary["checkpoint"] = str(save_checkpoint(
                     folder, step + 1, recipe, runtime.model, runtime.tokenizer, state,
-                    left_over=collector.left_over(), last=last,
+                    best=best, left_over=collector.left_over(), last=last,
                 ))  # fmt: skip
             stage.advance(**figures(metrics))
             if fatal is not None:
+                tracker.close()
                 raise HealthError(f"{fatal.line}. The run ends here; {_kept(folder)}")
     tracker.close()
     folder.write_summary(summary)

@@ -106,7 +106,7 @@ async def run_trajectory(
         trajectory = Trajectory(task, sample, rollout.fmt.prompt_ids(task.messages, tools=rollout.config.tools))
     else:
         trajectory = replace(start, turns=list(start.turns))  # a new object has derived nothing yet
-    begun = _cut_off(trajectory)
+    begun = _pop_cut_turn(trajectory)
     session = session_id(step, task.id, sample)
     ids = list(trajectory.ids_T)
     try:
@@ -126,8 +126,10 @@ async def run_trajectory(
     return trajectory
 
 
-def _cut_off(trajectory: Trajectory) -> TokenOutput | None:
-    """Take the turn out that was cut off, or whose code was, if the last one is such."""
+def _pop_cut_turn(trajectory: Trajectory) -> TokenOutput | None:
+    """Take the turn out that was cut off, or whose code was, if the last one is such. A paused trajectory has no stop
+    reason, and as its last turn one that was cut while it was sampled (ABORT), one whose code was cut (calls without
+    executions), or a whole one with its observation."""
     if trajectory.stop_reason is None and trajectory.turns and _is_cut(trajectory.turns[-1]):
         return trajectory.turns.pop().output
     return None
@@ -213,7 +215,9 @@ async def _take_turn(
         return
 
     started = time.monotonic()
-    executions = await _unless_paused(_execute(rollout, calls, session), pause)
+    # What was cut off once is waited for: slow code would else be begun anew in each step, and never end.
+    was_cut = begun is not None and begun.finish is Finish.STOP
+    executions = await _unless_paused(_execute(rollout, calls, session), None if was_cut else pause)
     trajectory.sandbox_s += time.monotonic() - started
     turn = Turn(output, text, calls, executions or [])
     trajectory.turns.append(turn)

@@ -12,7 +12,7 @@ from retool.data.sources import open_source
 from retool.engine.checkpoint import load_state, save_checkpoint
 from retool.engine.learner import Learner, supervised
 from retool.engine.model import use_threads
-from retool.engine.runtime import Runtime, begin_run, find_checkpoint, load_runtime, step_of
+from retool.engine.runtime import RunLock, Runtime, begin_run, find_checkpoint, finished, load_runtime, step_of
 from retool.errors import DataError
 from retool.formats.chat import ChatFormat
 from retool.progress import Progress
@@ -25,10 +25,12 @@ from retool.types import Conversation
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """The job: load, train, leave a checkpoint. Returns what ``summary.json`` holds."""
     check_trackers(recipe)
-    checkpoint = find_checkpoint(recipe, "sft", progress.line)
-    runtime = load_runtime(recipe, checkpoint)
-    folder = begin_run(recipe, checkpoint)
-    return train(runtime, folder, progress=progress, done=step_of(checkpoint))
+    with RunLock(recipe) as lock:
+        checkpoint = find_checkpoint(recipe, "sft", progress.line)
+        runtime = load_runtime(recipe, checkpoint)
+        folder = begin_run(recipe, checkpoint)
+        lock.take()
+        return train(runtime, folder, progress=progress, done=step_of(checkpoint))
 
 
 def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int = 0) -> dict[str, Any]:
@@ -51,11 +53,10 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
     if done:
         state, _ = load_state(folder.checkpoint_path(done))
         learner.load_state_dict(state["learner"])
-        best.found = state["best"]
-        best.publish(folder)
+        best.resume(state["best"], folder)
     if done >= steps:
         progress.line(f"SFT: all {steps} steps are done already, in {folder.path}")
-        return folder.summary()
+        return finished(folder, done)
     if too_long:
         progress.line(
             f"{too_long} of {len(conversations)} conversations have over {config.max_tokens} tokens: left out"
@@ -76,7 +77,7 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
                 "timing_s/step": time.perf_counter() - started,
             }
             last = step + 1 == steps
-            if last or (config.eval_every and (step + 1) % config.eval_every == 0):
+            if held_out_samples and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
                 metrics["val/loss"] = summary["val_loss"] = learner.evaluate_loss(held_out_samples)
             tracker.log(step + 1, metrics)
             stage.advance(
@@ -84,11 +85,10 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
             )
             better = best.update(step + 1, metrics)
             if last or better or (config.save_every and (step + 1) % config.save_every == 0):
-                best.publish(folder)
-                state = {"learner": learner.state_dict(), "best": best.found}
                 path = save_checkpoint(
-                    folder, step + 1, runtime.recipe, runtime.model, runtime.tokenizer, state, last=last
-                )
+                    folder, step + 1, runtime.recipe, runtime.model, runtime.tokenizer,
+                    {"learner": learner.state_dict()}, best=best, last=last,
+                )  # fmt: skip
                 summary["checkpoint"] = str(path)
     tracker.close()
     folder.write_summary(summary)

@@ -15,8 +15,8 @@ class PendingGroup:
     """A group of which not all trajectories are done."""
 
     task: Task
-    step: int
-    """The step in its random numbers' seeds and its sessions' names: that in which it was begun."""
+    draw: int
+    """The draw of tasks in which it was begun: the ``step`` in its random numbers' seeds and its sessions' names."""
     samples: range
     """The numbers of its trajectories."""
     trajectories: dict[int, Trajectory] = field(default_factory=dict)
@@ -51,7 +51,7 @@ async def run_until(
 
     async def run(group: PendingGroup, sample: int) -> None:
         group.trajectories[sample] = await run_trajectory(
-            rollout, group.task, sample, seed=seed, step=group.step, start=group.trajectories.get(sample), pause=pause
+            rollout, group.task, sample, seed=seed, step=group.draw, start=group.trajectories.get(sample), pause=pause
         )
         stop_if_enough()
 

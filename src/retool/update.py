@@ -18,6 +18,7 @@ from retool.config import Recipe, RLConfig
 from retool.engine.critic import Critic, token_values
 from retool.engine.learner import Learner, Loss, Outputs, policy_forward
 from retool.engine.lora import has_lora, without_lora
+from retool.errors import ConfigError
 from retool.metrics import CUT_SHORT
 from retool.types import Trajectory, TrajectoryGroup
 
@@ -51,12 +52,17 @@ class Trainer:
     def __init__(self, model: Any, recipe: Recipe, *, reference: Any = None):
         self.recipe, self.config = recipe, recipe.rl
         config = self.config
-        updates = config.prompts // (config.minibatch_prompts or config.prompts)
+        if recipe.model.lora.dropout:
+            raise ConfigError(
+                f"model.lora.dropout = {recipe.model.lora.dropout}: RL compares log-probabilities with and without it; "
+                "set it to 0"
+            )
+        updates = self.updates = config.prompts // (config.minibatch_prompts or config.prompts)
+        self.warmup = config.critic.warmup_steps if config.has_critic else 0
         temperature = recipe.rollout.temperature or 1.0
         forward = policy_forward(temperature, entropy_gradient=config.entropy_bonus > 0)
-        warmup = config.critic.warmup_steps if config.has_critic else 0
         self.actor = Learner(
-            model, config.optim, total_steps=(config.steps - warmup) * updates,
+            model, config.optim, total_steps=(config.steps - self.warmup) * updates,
             micro_batch_tokens=config.micro_batch_tokens, forward=forward,
         )  # fmt: skip
         self.critic: Learner | None = None
@@ -87,6 +93,7 @@ class Trainer:
             Lesson(t, number, Sample(t.ids_T, t.mask_T, t.logprobs_T))
             for number, group in enumerate(groups)
             for t in group.trajectories
+            if any(t.mask_T)
         ]
         if not lessons:
             return actor_metrics([])
@@ -97,12 +104,16 @@ class Trainer:
             metrics |= self._refer(lessons)
         if self.critic is not None:
             metrics |= self._value(lessons, self.critic)
-        learnt = set_advantages(lessons, config)
-        learnt = [x for x in learnt if not (config.overlong.filter and x.trajectory.stop_reason in CUT_SHORT)]
-        batches = self._mini_batches(learnt, groups)
+        teaching = set_advantages(lessons, config)
+        if config.overlong.filter:
+            teaching = _without_cut(teaching)
+        batches = self._mini_batches(teaching, groups)
+        # Schedules go by the step: an update that had nothing to learn from counts all the same.
         if self.critic is not None:
+            self.critic.step_count = step * self.updates * config.critic.epochs
             metrics |= self._learn_values(batches, self.critic)
-        if not config.has_critic or step >= config.critic.warmup_steps:
+        if step >= self.warmup:
+            self.actor.step_count = (step - self.warmup) * self.updates
             metrics |= self._learn_policy(batches)
         return metrics
 
@@ -334,6 +345,14 @@ def actor_metrics(parts: list[dict[str, float]]) -> dict[str, float]:
             metrics[names.get(name, name)] = sum(p[name] for p in parts) / len(parts)
     metrics["tokens/learnt"] = sum(p["tokens"] for p in parts)
     return metrics
+
+
+def _without_cut(lessons: list[Lesson]) -> list[Lesson]:
+    """Those that did not run out of room; the others' trajectories were not learnt from."""
+    for x in lessons:
+        if x.trajectory.stop_reason in CUT_SHORT:
+            x.trajectory.advantage = None
+    return [x for x in lessons if x.trajectory.advantage is not None]
 
 
 def _staleness(lessons: list[Lesson], version: int) -> dict[str, float]:

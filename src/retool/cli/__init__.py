@@ -9,6 +9,7 @@ RETOOL_TRACEBACK=1 errors keep their traceback.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -39,6 +40,10 @@ def load_job(name: str) -> Job:
     """The ``run`` of ``retool.<name>``, imported now."""
     job: Job = importlib.import_module(f"retool.{name}").run
     return job
+
+
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What the disk does, not the user and not this program."""
 
 
 class _InterruptedError(Exception):
@@ -273,6 +278,11 @@ def main(arguments: Sequence[str] | None = None, *, load: Callable[[str], Job] =
     with _sigterm_is_ctrl_c() as terminated:
         try:
             return _run_command(arguments, load)
+        except OSError as error:
+            if error.errno not in DISK_FAULTS or os.environ.get("RETOOL_TRACEBACK") == "1":
+                raise
+            _complain(f"{error.filename or 'a file'} could not be written ({error.strerror}); mend this and try again")
+            return EXIT_NOT_IN_ORDER
         except _InterruptedError:
             print("retool: terminated" if terminated else "retool: interrupted", file=sys.stderr)
             return EXIT_SIGTERM if terminated else EXIT_CTRL_C

@@ -167,7 +167,8 @@ class RLConfig(Section):
     @classmethod
     def _named_algorithm(cls, given: Any) -> Any:
         """The algorithm's settings, where they are not given themselves."""
-        return _fill(given, ALGORITHMS.get(given.get("algorithm", "grpo"), {})) if isinstance(given, dict) else given
+        name = given.get("algorithm", "grpo") if isinstance(given, dict) else None
+        return _fill(given, ALGORITHMS.get(name, {})) if isinstance(name, str) else given
 
     @property
     def has_critic(self) -> bool:

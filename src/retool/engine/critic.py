@@ -44,7 +44,7 @@ class Critic(nn.Module):
     @torch.no_grad()
     def update_scale(self, returns_N: Tensor) -> None:
         """Move mean and std towards those of a step's returns, and the head so that no value changes (PopArt,
-        arXiv 1602.07714, section 2.2)."""
+        arXiv 1602.07714, section 2.2). The first time it does change them: a new head, which says 0, says the mean."""
         old_mean, old_std = self.mean.clone(), self.std.clone()
         keep = 1 - 1 / (self.steps + 1) if self.steps < 1 / (1 - RETURN_DECAY) else RETURN_DECAY
         self.steps += 1
@@ -54,8 +54,9 @@ class Critic(nn.Module):
         variance = second - new_mean**2
         if variance > NO_SPREAD * second:  # returns that are all alike say nothing about their scale
             self.std.copy_(variance.sqrt())
-        self.value_head.weight.mul_(old_std / self.std)
-        self.value_head.bias.mul_(old_std / self.std).add_((old_mean - self.mean) / self.std)
+        if self.steps > 1:
+            self.value_head.weight.mul_(old_std / self.std)
+            self.value_head.bias.mul_(old_std / self.std).add_((old_mean - self.mean) / self.std)
 
     def learnt_state(self) -> dict[str, Tensor]:
         """What training changes: trainable parameters, and the scale."""

@@ -35,7 +35,11 @@ class Best:
         self.found = {"step": step, "metric": name, "value": value}
         return True
 
+    def resume(self, found: dict[str, Any] | None, folder: RunFolder) -> None:
+        """Take up what a checkpoint knows, as far as the best one is still there."""
+        self.found = found if found and folder.checkpoint_path(found["step"]).exists() else None
+        self.publish(folder)
+
     def publish(self, folder: RunFolder) -> None:
-        """Into ``best.json``: before the checkpoint is written, so that it is not taken for an old one. A run that
-        dies in between publishes what its last whole checkpoint knows when it goes on."""
+        """Into ``best.json``."""
         folder.write_best(self.found)

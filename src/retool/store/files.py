@@ -110,6 +110,7 @@ class JsonlTracker:
         try:
             if os.pwrite(self._descriptor, line, self._end) < len(line):
                 raise OSError("the line was written in part")
+            os.fsync(self._descriptor)  # a checkpoint, which is flushed too, stands for a step whose line is there
             self._end += len(line)
         except OSError as error:
             if not self._failed:
