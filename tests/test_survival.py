@@ -172,10 +172,8 @@ def test_a_full_disk_is_one_line_wherever_it_strikes(
     (tmp_path / "r.toml").write_text("", encoding="utf-8")
     arguments = ["sft", str(tmp_path / "r.toml"), f"run.out={tmp_path}", "sft.steps=1", "model.device=cpu"]
     assert main(arguments) == 1
-    error = capsys.readouterr().err
-    assert (
-        error == "retool: error: config.toml could not be written (No space left on device); mend this and try again\n"
-    )
+    said = "config.toml could not be written (No space left on device); mend this and try again"
+    assert capsys.readouterr().err == f"retool: error: {said}\n"
 
 
 def test_a_real_full_disk(tmp_path: Path) -> None:
