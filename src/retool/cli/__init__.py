@@ -275,6 +275,8 @@ def main(arguments: Sequence[str] | None = None, *, load: Callable[[str], Job] =
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a tick or a model's stray byte must not end a job on an ASCII terminal
             stream.reconfigure(errors="backslashreplace")
+    # While torch's threads wait for each other they spin, beside other work on the very core that the other one needs.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported
     with _sigterm_is_ctrl_c() as terminated:
         try:
             return _run_command(arguments, load)
