@@ -171,7 +171,6 @@ def test_the_alarms_of_a_step_come_in_the_order_of_their_table() -> None:
         (rows(CUT, 1.0), "cut_high", 1.0, 0.99),
         ([{LOST: 9.0, KEPT: 0.0}], "infra_high", 1.0, 0.99),
         (rows(CALLS, *[1.0] * 5, *[0.0] * 5), "call_rate_low", 0.0, 0.19),
-        (rows(CALLS, *[1.0] * 5, *[0.0] * 5), "call_rate_low", 0.2, 0.19),
     ],
 )
 def test_a_limit_at_its_end_switches_its_check_off(steps: list[Row], setting: str, off: float, on: float) -> None:
