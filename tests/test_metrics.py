@@ -164,7 +164,8 @@ def test_zero_variance_share_sees_groups_without_a_signal() -> None:
 def test_a_number_without_anything_to_count_is_left_out() -> None:
     metrics = rollout_metrics([make_group(make_task(), ["72", "0"])])
     assert metrics["tool/call_rate"] == 0.0 and "code/lines_mean" not in metrics and "acc/with_call" not in metrics
-    assert rollout_metrics([make_group(make_task(), [], infra=3)]) == {"infra/trajectories": 3.0, "rollout/trajectories": 0.0}
+    lost = rollout_metrics([make_group(make_task(), [], infra=3)])
+    assert lost == {"infra/trajectories": 3.0, "rollout/trajectories": 0.0}
 
 
 def test_validation_metrics_name_each_source() -> None:
