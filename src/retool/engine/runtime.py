@@ -107,11 +107,13 @@ class RunLock:
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(descriptor)
             raise UserError(
                 f"run.name = {self.path.name!r}: another process is at work in {self.path}; choose another name"
             ) from None
+        except OSError:
+            pass  # a file system without locks: the user has to see to it
         self._descriptor = descriptor
 
     def __enter__(self) -> RunLock:
