@@ -38,7 +38,7 @@ from retool.store import RunFolder
 from retool.store.best import Best
 from retool.trackers import check_trackers, open_trackers
 from retool.types import TrajectoryGroup
-from retool.update import Trainer
+from retool.update import Trainer, refuse_dropout
 
 
 def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """
     find_reward(recipe.rl.reward)  # a name that leads nowhere must not cost a model's loading
     check_trackers(recipe)
+    refuse_dropout(recipe)
     with RunLock(recipe) as lock:
         checkpoint = find_checkpoint(recipe, "rl", progress.line)
         runtime = load_runtime(recipe, checkpoint)

@@ -52,11 +52,7 @@ class Trainer:
     def __init__(self, model: Any, recipe: Recipe, *, reference: Any = None):
         self.recipe, self.config = recipe, recipe.rl
         config = self.config
-        if recipe.model.lora.dropout:
-            raise ConfigError(
-                f"model.lora.dropout = {recipe.model.lora.dropout}: RL compares log-probabilities with and without it; "
-                "set it to 0"
-            )
+        refuse_dropout(recipe)
         updates = self.updates = config.prompts // (config.minibatch_prompts or config.prompts)
         self.warmup = config.critic.warmup_steps if config.has_critic else 0
         temperature = recipe.rollout.temperature or 1.0
@@ -250,6 +246,15 @@ class Trainer:
             self.critic.load_state_dict(state["critic"])
 
 
+def refuse_dropout(recipe: Recipe) -> None:
+    """Raises ConfigError: what is sampled without dropout would be compared with what is learnt with it."""
+    if recipe.model.lora.dropout:
+        raise ConfigError(
+            f"model.lora.dropout = {recipe.model.lora.dropout}: RL compares log-probabilities with and without it; "
+            "set it to 0"
+        )
+
+
 class _Instead:
     """A learner that asks another model for a while."""
 
@@ -376,4 +381,4 @@ def _spread(values_N: Sequence[float], mask_T: Sequence[int]) -> list[float]:
     return [next(values) if m else 0.0 for m in mask_T]
 
 
-__all__ = ["Lesson", "Trainer", "actor_metrics", "policy_loss", "set_advantages"]
+__all__ = ["Lesson", "Trainer", "actor_metrics", "policy_loss", "refuse_dropout", "set_advantages"]
