@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,9 @@ from retool.config import Recipe
 from retool.data.sources import Source
 from retool.grading.grader import judge
 from retool.grading.rewards import overlong_punishment
-from retool.rollout import Rollout, run_groups
+from retool.rollout import Rollout, run_groups, sample_numbers
 from retool.tail import PendingGroup, run_until
-from retool.types import Trajectory, TrajectoryGroup
+from retool.types import TrajectoryGroup
 
 
 @dataclass
@@ -85,18 +85,14 @@ class Collector:
         self.tasks += len(tasks)
         if tail.oversample == 1:
             return await run_groups(self.rollout, tasks, config.group_size, seed=self.recipe.run.seed, step=draw)
-        seen: Counter[str] = Counter()
-        begun = []
-        for task in tasks:  # two groups of one task must not share random numbers
-            first = seen[task.id]
-            seen[task.id] += config.group_size
-            begun.append(PendingGroup(task, draw, range(first, first + config.group_size)))
-        carried = sum(_length(t) for group in self.pending for t in group.trajectories.values())
+        numbers = sample_numbers(tasks, config.group_size)
+        begun = [PendingGroup(task, draw, own) for task, own in zip(tasks, numbers, strict=True)]
+        carried = sum(t.sampled_length for group in self.pending for t in group.trajectories.values())
         groups, rest = await run_until(self.rollout, [*self.pending, *begun], config.prompts, seed=self.recipe.run.seed)
         self.pending = rest if tail.partial else []
         metrics.setdefault("tail/carried_tokens", carried)  # later rounds carry what this step has sampled itself
         metrics["tail/groups_left"] = len(rest)
-        metrics["tail/tokens_left"] = sum(_length(t) for group in rest for t in group.trajectories.values())
+        metrics["tail/tokens_left"] = sum(t.sampled_length for group in rest for t in group.trajectories.values())
         return groups
 
     async def _grade(self, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
@@ -141,7 +137,3 @@ class Collector:
 def is_mixed(group: TrajectoryGroup) -> bool:
     """Neither all right nor all wrong."""
     return len({t.grade is not None and t.grade.correct for t in group.trajectories}) > 1
-
-
-def _length(trajectory: Trajectory) -> int:
-    return sum(len(turn.output.token_ids) for turn in trajectory.turns)

@@ -120,10 +120,6 @@ def _code_lines(trajectory: Trajectory) -> list[int]:
     ]
 
 
-def _sampled(trajectory: Trajectory) -> int:
-    return sum(len(turn.output.token_ids) for turn in trajectory.turns)
-
-
 def _mean(values: Iterable[float]) -> float | None:
     array = np.fromiter(values, dtype=np.float64)
     return float(array.mean()) if array.size else None
@@ -281,8 +277,8 @@ def rollout_metrics(groups: list[TrajectoryGroup]) -> dict[str, float]:
     metrics["response_length/clip_ratio"] = _mean(t.stop_reason in CUT_SHORT for t in trajectories)
     metrics |= _spread("prompt_length", (len(t.prompt_ids) for t in trajectories))
     metrics |= _spread("num_turns", (t.num_turns for t in trajectories))
-    metrics["tokens/sampled"] = sum(map(_sampled, trajectories))
-    metrics["tokens/observed"] = sum(t.response_length - _sampled(t) for t in trajectories)
+    metrics["tokens/sampled"] = sum(t.sampled_length for t in trajectories)
+    metrics["tokens/observed"] = sum(t.response_length - t.sampled_length for t in trajectories)
     metrics |= _tool_metrics(trajectories)
     kept = [g.trajectories for g in groups if g.trajectories]
     metrics["group/zero_variance_share"] = _mean(len({t.reward for t in ts}) == 1 for ts in kept)

@@ -164,18 +164,22 @@ async def run_groups(
             on_trajectory(trajectory)
         return trajectory
 
-    runs = []
-    # Two groups of one task must not share sessions, nor random numbers.
-    seen: Counter[str] = Counter()
-    for task in tasks:
-        first = seen[task.id]
-        seen[task.id] += group_size
-        runs += [run(task, first + index) for index in range(group_size)]
-    finished = await run_all(runs)
+    numbers = sample_numbers(tasks, group_size)
+    finished = await run_all(run(task, n) for task, own in zip(tasks, numbers, strict=True) for n in own)
     groups = []
     for index, task in enumerate(tasks):
         groups.append(make_group(task, finished[index * group_size : (index + 1) * group_size]))
     return groups
+
+
+def sample_numbers(tasks: Sequence[Task], group_size: int) -> list[range]:
+    """The numbers of each task's trajectories: two groups of one task must not share sessions, nor random numbers."""
+    seen: Counter[str] = Counter()
+    numbers = []
+    for task in tasks:
+        numbers.append(range(seen[task.id], seen[task.id] + group_size))
+        seen[task.id] += group_size
+    return numbers
 
 
 def make_group(task: Task, trajectories: Sequence[Trajectory]) -> TrajectoryGroup:

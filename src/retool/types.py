@@ -294,6 +294,11 @@ class Trajectory:
         return sum(len(t.output.token_ids) + len(t.observation_ids) for t in self.turns)
 
     @property
+    def sampled_length(self) -> int:
+        """Tokens that the policy sampled."""
+        return sum(len(t.output.token_ids) for t in self.turns)
+
+    @property
     def num_calls(self) -> int:
         """Calls in the text, malformed ones included."""
         return sum(len(t.calls) for t in self.turns)

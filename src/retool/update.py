@@ -148,8 +148,10 @@ class Trainer:
         if not parts:
             return {}
         names = {"loss": "critic/vf_loss", "grad_norm": "critic/grad_norm", "lr": "critic/lr"}
-        found = {names.get(n, n): sum(p[n] for p in parts) / len(parts) for n in parts[0] if n in names or "/" in n}
-        return found | {"critic/updates": float(len(parts)), "critic/skipped": sum(p["skipped"] for p in parts)}
+        return _means(parts, names) | {
+            "critic/updates": float(len(parts)),
+            "critic/skipped": sum(p["skipped"] for p in parts),
+        }
 
     # What is asked before anything is learnt
 
@@ -343,13 +345,13 @@ def actor_metrics(parts: list[dict[str, float]]) -> dict[str, float]:
     if not parts:
         return metrics
     names = {"loss": "actor/pg_loss", "grad_norm": "actor/grad_norm", "lr": "actor/lr"}
-    for name in parts[0]:
-        if name.startswith("training/"):
-            metrics[name] = parts[0][name]
-        elif name in names or "/" in name:
-            metrics[names.get(name, name)] = sum(p[name] for p in parts) / len(parts)
-    metrics["tokens/learnt"] = sum(p["tokens"] for p in parts)
-    return metrics
+    metrics |= _means(parts, names) | {n: value for n, value in parts[0].items() if n.startswith("training/")}
+    return metrics | {"tokens/learnt": sum(p["tokens"] for p in parts)}
+
+
+def _means(parts: list[dict[str, float]], names: dict[str, str]) -> dict[str, float]:
+    """Over a step's updates, of what the learner reports under ``names`` and of what its loss asked to log."""
+    return {names.get(n, n): sum(p[n] for p in parts) / len(parts) for n in parts[0] if n in names or "/" in n}
 
 
 def _without_cut(lessons: list[Lesson]) -> list[Lesson]:
@@ -365,8 +367,6 @@ def _staleness(lessons: list[Lesson], version: int) -> dict[str, float]:
     ages = [
         version - min((turn.output.policy_version for turn in x.trajectory.turns), default=version) for x in lessons
     ]
-    if not ages:
-        return {}
     return {"training/staleness_mean": sum(ages) / len(ages), "training/staleness_max": float(max(ages))}
 
 

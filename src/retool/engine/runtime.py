@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tomllib
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +22,7 @@ from retool.protocols import Sandbox
 from retool.rollout import Rollout
 from retool.sandbox import choose
 from retool.store import RunFolder
+from retool.store.files import claim
 
 
 @dataclass
@@ -105,15 +105,11 @@ class RunLock:
         if self._descriptor >= 0 or not self.path.is_dir():
             return
         descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not claim(descriptor):
             os.close(descriptor)
             raise UserError(
                 f"run.name = {self.path.name!r}: another process is at work in {self.path}; choose another name"
-            ) from None
-        except OSError:
-            pass  # a file system without locks: the user has to see to it
+            )
         self._descriptor = descriptor
 
     def __enter__(self) -> RunLock:

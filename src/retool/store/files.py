@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
@@ -78,6 +79,18 @@ def recover(folder: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink()
+
+
+def claim(descriptor: int) -> bool:
+    """Lock an open file or folder for this process until it is closed; False where another process has it. A file
+    system without locks is taken on trust: there the user has to see to it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _finite(value: Any) -> Any:

@@ -7,7 +7,6 @@ the next start. So an answer that was written down is never asked for again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retool.errors import ConfigError, DataError
+from retool.store.files import claim
 
 
 class Key(NamedTuple):
@@ -144,15 +144,9 @@ def _open(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise _unfit(path, error) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not claim(descriptor):
         os.close(descriptor)
-        raise DataError(
-            f"{path}: another 'retool cold-start' is writing it; wait for its end, or give another --out"
-        ) from None
-    except OSError:
-        pass  # a file system without locks: the user has to see to it
+        raise DataError(f"{path}: another 'retool cold-start' is writing it; wait for its end, or give another --out")
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
