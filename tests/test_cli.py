@@ -123,7 +123,7 @@ def test_a_dry_run_prints_a_recipe_and_starts_nothing(
         (["rl", "FILE", "--zzz"], "No such option '--zzz'. See 'retool rl --help'."),
         (["rl", "FILE", "rl.step=3"], "did you mean 'steps'?"),
         (["rl", "FILE", "rl.steps"], "write section.key=value"),
-        (["rl", "FILE", "--engine", "mars"], "'mars' is not 'local'"),
+        (["rl", "FILE", "--engine", "mars"], "'mars' is not one of 'local', 'verl'"),
         (["sandbox", "run", "none.py"], "FILE = 'none.py': No such file or directory; give the path"),
         (["sandbox", "run", "FILE", "--timeout", "0"], "sandbox.timeout_s = 0.0: input should be greater than 0"),
         (["sandbox", "run", "FILE", "--timeout", "nan"], "sandbox.timeout_s = nan: "),

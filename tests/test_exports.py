@@ -28,9 +28,9 @@ ENUMS = {
 COMMANDS = {
     "quickstart": "overrides --from-scratch --with-control --seed --out --quiet",
     "doctor": "--json",
-    "sft": "recipe overrides --engine --quiet --dry-run",
-    "rl": "recipe overrides --engine --quiet --dry-run",
-    "eval": "recipe overrides --engine --quiet --dry-run --model",
+    "sft": "recipe overrides --engine --verl --quiet --dry-run",
+    "rl": "recipe overrides --engine --verl --quiet --dry-run",
+    "eval": "recipe overrides --engine --verl --quiet --dry-run --model",
     "data list": "",
     "data prepare": """name --out --file --against --ngram --min-share --split --column --no-chinese --keep-duplicates
         --limit --form --execute --timeout --json --quiet""",
@@ -56,6 +56,8 @@ SETTINGS = {
     "rollout": """format prompt_file tools max_turns max_response_tokens max_context max_observation_tokens
         max_malformed temperature top_p top_k""",
     "engine": "kv_budget_mb max_live prefill_chunk gradient_checkpointing",
+    "cluster": """nodes gpus_per_node address rollout tensor_parallel sequence_parallel critic_sequence_parallel offload
+        gpu_memory_share logprob_tokens critic_tokens agent_workers""",
     "sft": "steps epochs batch_size micro_batch_tokens max_tokens eval_every save_every",
     "sft.optim": OPTIM,
     "rl": """algorithm advantage loss aggregation steps prompts group_size minibatch_prompts micro_batch_tokens clip_low

@@ -54,7 +54,15 @@ TABLE: dict[str, Row] = {
     "engine": row(
         3, *GROUND, *MIDDLE, "rollout", "algo", packages="torch transformers safetensors tokenizers numpy peft"
     ),
-    "cluster": row(3, *GROUND, *MIDDLE, "rollout", "algo", packages="torch verl ray"),
+    "cluster": row(
+        3,
+        *GROUND,
+        *MIDDLE,
+        "rollout",
+        "health",
+        "trackers",
+        packages="torch verl ray hydra omegaconf transfer_queue psutil pyarrow",
+    ),
     "collect": row(4, *GROUND, *MIDDLE, *LEARNING),
     "update": row(4, *GROUND, "metrics", "algo", "engine", packages="torch"),
     "sft": row(4, *GROUND, *MIDDLE, *LEARNING, "trackers"),

@@ -229,7 +229,7 @@ REFERENCE: dict[str, dict[str, Any]] = {
     "qwen2.5-32b/ppo": {
         "data.train": "dapo-math-17k", "data.test": "aime-2025", "rl.algorithm": "ppo", "rl.steps": 250,
         "rl.prompts": 1024, "rl.minibatch_prompts": 256, "rl.group_size": 1, "rl.critic.optim.lr": 2e-6,
-        "rl.critic.gamma": 1.0, "rl.critic.lam": 1.0, "rl.critic.warmup_steps": 20, "rl.optim.lr": 1e-6,
+        "rl.critic.gamma": 1.0, "rl.critic.lam": 1.0, "rl.critic.warmup_steps": 19, "rl.optim.lr": 1e-6,
         "rollout.max_turns": 8, "eval.k": 30, "eval.top_p": 0.6,
     },
     "qwen2.5-7b/grpo": {
@@ -269,7 +269,7 @@ def test_steps_of_epochs_are_counted() -> None:
 def test_an_rl_plan_says_what_is_run() -> None:
     facts = dict(plan_of("qwen2.5-32b/ppo", "model.lora.rank=16", "rl.kl.place=reward").facts)
     assert facts["algorithm"] == "ppo: advantage gae, loss ppo_clip, token_mean"
-    assert facts["LoRA"] == "rank 16 on all-linear" and "alone for 20 steps" in facts["critic"]
+    assert facts["LoRA"] == "rank 16 on all-linear" and "alone for 19 steps" in facts["critic"]
     assert facts["KL penalty"] == "in the reward, 0.001 × k3"
     overrides = ("rl.algorithm=dapo", "rl.dynamic_sampling.enabled=true", "rl.dynamic_sampling.max_rounds=3")
     facts = dict(plan_of("qwen2.5-7b/grpo", *overrides).facts)

@@ -19,13 +19,14 @@ from retool import rl, sft
 from retool.cli import main
 from retool.config import Recipe
 from retool.engine import checkpoint as checkpoint_module
-from retool.engine.runtime import RunLock, load_runtime, open_sandbox
+from retool.engine.runtime import load_runtime, open_sandbox
 from retool.errors import HealthError, InfraError, UserError
 from retool.progress import Progress
 from retool.rollout import run_groups
 from retool.store import RunFolder
 from retool.store.best import Best
 from retool.store.checkpoints import fault_of
+from retool.store.resume import RunLock
 from retool.types import ExecutionResult, ExecutionStatus, StopReason, TrajectoryGroup
 from tests.test_rl import QUIET, samples_of, small_recipe, weights
 

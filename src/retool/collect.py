@@ -13,7 +13,7 @@ from typing import Any
 from retool.config import Recipe
 from retool.data.sources import Source
 from retool.grading.grader import judge
-from retool.grading.rewards import overlong_punishment
+from retool.grading.rewards import punish_overlong
 from retool.rollout import Rollout, run_groups, sample_numbers
 from retool.tail import PendingGroup, run_until
 from retool.types import TrajectoryGroup
@@ -98,17 +98,10 @@ class Collector:
     async def _grade(self, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
         started = time.perf_counter()
         judged = await asyncio.to_thread(judge, groups, self.recipe.rl)
-        self._punish(groups)
+        punish_overlong(groups, self.recipe.rl.overlong, self.recipe.rollout.max_response_tokens)
         for name, value in judged.metrics().items():
             metrics[name] += value
         metrics["timing_s/grade"] += time.perf_counter() - started
-
-    def _punish(self, groups: list[TrajectoryGroup]) -> None:
-        limit, overlong = self.recipe.rollout.max_response_tokens, self.recipe.rl.overlong
-        buffer = round(overlong.buffer_share * limit)
-        for group in groups:
-            for t in group.trajectories:
-                t.reward += overlong_punishment(t.response_length, limit, buffer, overlong.penalty)
 
     # A run's state. Groups go into a file of trajectories, in the order of ``left_over``.
 

@@ -10,12 +10,13 @@ from retool.config import Recipe
 from retool.data.sources import open_source
 from retool.engine.model import use_threads
 from retool.engine.policy import LocalPolicy
-from retool.engine.runtime import RunLock, Runtime, begin_run, find_checkpoint, load_runtime, open_sandbox
+from retool.engine.runtime import Runtime, load_runtime, open_sandbox
 from retool.grading.grader import judge
 from retool.metrics import evaluation_summary
 from retool.progress import Progress
 from retool.protocols import Sandbox
 from retool.rollout import run_groups
+from retool.store.resume import RunLock, begin_run, find_checkpoint
 from retool.types import Task, TrajectoryGroup
 
 EVAL_STEP = -1

@@ -6,9 +6,10 @@ say nothing about the model. ``METRICS`` holds one definition for each name; ``d
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -286,6 +287,20 @@ def rollout_metrics(groups: list[TrajectoryGroup]) -> dict[str, float]:
     stops = Counter(t.stop_reason for t in trajectories)
     metrics |= {f"stop/{reason.value}": stops[reason] / len(trajectories) for reason in StopReason}
     return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def figures(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What the terminal shows of a step; what there is no number for is left out."""
+    shown = {
+        "accuracy": "acc/mean",
+        "calls": "tool/call_rate",
+        "turns": "num_turns/mean",
+        "entropy": "actor/entropy",
+        "gap": "training/rollout_logprob_gap_max",
+        "infra": "infra/trajectories",
+    }
+    found = {label: metrics.get(name, float("nan")) for label, name in shown.items()}
+    return {label: value for label, value in found.items() if math.isfinite(value)}
 
 
 # --- definitions ----------------------------------------------------------------------------------------------------

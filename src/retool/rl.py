@@ -4,7 +4,6 @@ sample tasks → roll out groups → grade → advantages → update → log →
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,25 +16,17 @@ from retool.data.sources import Source, open_source
 from retool.engine.checkpoint import load_state, save_checkpoint
 from retool.engine.model import load_model, prepare_torch, release_memory, use_threads
 from retool.engine.policy import LocalPolicy
-from retool.engine.runtime import (
-    RunLock,
-    Runtime,
-    begin_run,
-    find_checkpoint,
-    finished,
-    load_runtime,
-    open_sandbox,
-    step_of,
-)
+from retool.engine.runtime import Runtime, load_runtime, open_sandbox
 from retool.errors import HealthError, InfraError
 from retool.evaluate import sample as sample_evaluation
 from retool.grading.rewards import find_reward
 from retool.health import Monitor
-from retool.metrics import rollout_metrics, validation_metrics
+from retool.metrics import figures, rollout_metrics, validation_metrics
 from retool.progress import Progress
 from retool.protocols import Sandbox
 from retool.store import RunFolder
 from retool.store.best import Best
+from retool.store.resume import RunLock, begin_run, find_checkpoint, finished, step_of
 from retool.trackers import check_trackers, open_trackers
 from retool.types import TrajectoryGroup
 from retool.update import Trainer, refuse_dropout
@@ -59,7 +50,7 @@ def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
         if moved:
             prepare_torch(recipe.run)  # random weights, where the recipe asks for such, are drawn again
             reference, _ = load_model(recipe.model)
-        folder = begin_run(recipe, checkpoint)
+        folder = begin_run(recipe, step_of(checkpoint))
         lock.take()
 
         async def job() -> dict[str, Any]:
@@ -173,20 +164,6 @@ def write_step(folder: RunFolder, step: int, groups: list[TrajectoryGroup]) -> P
             f"trajectories of step {step} could not be written to {folder.path} ({error.strerror or error}); "
             f"{_kept(folder)}: mend this and type the same command again"
         ) from error
-
-
-def figures(metrics: dict[str, float]) -> dict[str, float]:
-    """What the terminal shows of a step; what there is no number for is left out."""
-    shown = {
-        "accuracy": "acc/mean",
-        "calls": "tool/call_rate",
-        "turns": "num_turns/mean",
-        "entropy": "actor/entropy",
-        "gap": "training/rollout_logprob_gap_max",
-        "infra": "infra/trajectories",
-    }
-    found = {label: metrics.get(name, float("nan")) for label, name in shown.items()}
-    return {label: value for label, value in found.items() if math.isfinite(value)}
 
 
 async def validate(

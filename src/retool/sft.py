@@ -8,16 +8,18 @@ from typing import Any
 
 from retool.algo.batch import Sample
 from retool.config import Recipe
+from retool.data.conversations import encode
 from retool.data.sources import open_source
 from retool.engine.checkpoint import load_state, save_checkpoint
 from retool.engine.learner import Learner, supervised
 from retool.engine.model import use_threads
-from retool.engine.runtime import RunLock, Runtime, begin_run, find_checkpoint, finished, load_runtime, step_of
+from retool.engine.runtime import Runtime, load_runtime
 from retool.errors import DataError
 from retool.formats.chat import ChatFormat
 from retool.progress import Progress
 from retool.store import RunFolder
 from retool.store.best import Best
+from retool.store.resume import RunLock, begin_run, find_checkpoint, finished, step_of
 from retool.trackers import check_trackers, open_trackers
 from retool.types import Conversation
 
@@ -28,7 +30,7 @@ def run(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     with RunLock(recipe) as lock:
         checkpoint = find_checkpoint(recipe, "sft", progress.line)
         runtime = load_runtime(recipe, checkpoint)
-        folder = begin_run(recipe, checkpoint)
+        folder = begin_run(recipe, step_of(checkpoint))
         lock.take()
         return train(runtime, folder, progress=progress, done=step_of(checkpoint))
 
@@ -43,8 +45,8 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
     seed = runtime.recipe.run.seed
     folder.write_environment(job="sft", seed=seed, device=str(runtime.model.device))
     conversations, held_out = open_source(runtime.recipe).conversations(config.steps * config.batch_size)
-    samples, too_long = encode(conversations, runtime.fmt, config.max_tokens)
-    held_out_samples, _ = encode(held_out, runtime.fmt, config.max_tokens)
+    samples, too_long = samples_of(conversations, runtime.fmt, config.max_tokens)
+    held_out_samples, _ = samples_of(held_out, runtime.fmt, config.max_tokens)
     if not samples:
         raise DataError(f"sft.max_tokens = {config.max_tokens}: all {too_long} conversations are longer; raise it")
     steps = config.steps or -(-len(samples) * config.epochs // config.batch_size)
@@ -95,21 +97,10 @@ def train(runtime: Runtime, folder: RunFolder, *, progress: Progress, done: int 
     return summary
 
 
-def encode(conversations: list[Conversation], fmt: ChatFormat, max_tokens: int) -> tuple[list[Sample], int]:
-    """Conversations as samples whose mask is 1 on the assistant's tokens, and how many were too long.
-
-    Raises:
-        DataError: a conversation cannot be written in the format; names it.
-    """
-    samples = []
-    for conversation in conversations:
-        try:
-            ids, mask = fmt.conversation_ids(conversation.messages, tools=conversation.tools)
-        except DataError as error:
-            raise DataError(f"conversation {conversation.id!r}: {error}") from None
-        if len(ids) <= max_tokens:
-            samples.append(Sample(ids, mask))
-    return samples, len(conversations) - len(samples)
+def samples_of(conversations: list[Conversation], fmt: ChatFormat, max_tokens: int) -> tuple[list[Sample], int]:
+    """Conversations to learn from, and how many were too long (see ``data.conversations.encode``)."""
+    found, too_long = encode(conversations, fmt, max_tokens)
+    return [Sample(encoded.ids_T, encoded.mask_T) for encoded in found], too_long
 
 
 def batch_of(samples: list[Sample], step: int, size: int, seed: int) -> list[Sample]:

@@ -137,6 +137,8 @@ class _JobOptions:
 
     recipe: str
     overrides: tuple[str, ...]
+    engine: str
+    verl: tuple[str, ...]
     quiet: bool
     dry_run: bool
 
@@ -145,7 +147,16 @@ def _job_command(function: Callable[..., None]) -> Callable[..., None]:
     decorators: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
         click.argument("recipe"),
         OVERRIDES,
-        click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True, expose_value=False),
+        click.option(
+            "--engine",
+            type=click.Choice(["local", "verl"]),
+            default="local",
+            show_default=True,
+            help="local: this machine, one device. verl: many GPUs and nodes, on Ray (docs/cluster.md).",
+        ),
+        click.option(
+            "--verl", multiple=True, metavar="KEY=VALUE", help="An option of verl that the recipe has no field for."
+        ),
         QUIET,
         click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would run; start nothing."),
         click.pass_obj,
@@ -159,55 +170,64 @@ def _run_job(load: Callable[[str], Job], name: str, options: _JobOptions, model:
     from retool.config import recipe_path
 
     recipe = _load(recipe_path(options.recipe), options.overrides, {"model.path": model})
+    if options.verl and options.engine != "verl":
+        raise UserError(f"--verl {options.verl[0]}: that is for --engine verl; leave it out, or add it")
     if options.dry_run:
-        from retool.config import recipe_toml
-        from retool.plan import make_plan, render
-
-        # The plan as comments, so that the whole is a recipe file again.
-        lines = render(make_plan(name, recipe)).splitlines()
-        click.echo(recipe_toml(recipe) + "\n" + "".join(f"# {line}".rstrip() + "\n" for line in lines), nl=False)
+        click.echo(_plan(name, recipe, options), nl=False)
         return
     from retool.progress import Progress
 
-    load(name)(recipe, progress=Progress(quiet=options.quiet))
+    progress = Progress(quiet=options.quiet)
+    if options.engine == "local":
+        load(name)(recipe, progress=progress)
+        return
+    summary = load("cluster.launch")(recipe, job=name, extra=options.verl, progress=progress)
+    if name == "evaluate" and summary:
+        show: Callable[..., None] = importlib.import_module("retool.evaluate").show
+        show(summary["eval"], progress)
+
+
+def _plan(name: str, recipe: Recipe, options: _JobOptions) -> str:
+    """A recipe file again, with the plan as comments."""
+    from retool.config import recipe_toml
+    from retool.plan import make_plan, render
+
+    lines = render(make_plan(name, recipe)).splitlines()
+    if options.engine == "verl":
+        describe: Callable[..., list[str]] = importlib.import_module("retool.cluster.options").describe
+        lines += ["", *describe(name, recipe, options.verl)]
+    return recipe_toml(recipe) + "\n" + "".join(f"# {line}".rstrip() + "\n" for line in lines)
 
 
 @cli.command()
 @_job_command
-def sft(load: Callable[[str], Job], recipe: str, overrides: tuple[str, ...], quiet: bool, dry_run: bool) -> None:
+def sft(load: Callable[[str], Job], **options: Any) -> None:
     """Fine-tune on demonstrations (cold start).
 
     RECIPE is a TOML file, or the name of a shipped one.
     """
-    _run_job(load, "sft", _JobOptions(recipe, overrides, quiet, dry_run))
+    _run_job(load, "sft", _JobOptions(**options))
 
 
 @cli.command()
 @_job_command
-def rl(load: Callable[[str], Job], recipe: str, overrides: tuple[str, ...], quiet: bool, dry_run: bool) -> None:
+def rl(load: Callable[[str], Job], **options: Any) -> None:
     """Reinforcement learning with code execution.
 
     RECIPE is a TOML file, or the name of a shipped one.
     """
-    _run_job(load, "rl", _JobOptions(recipe, overrides, quiet, dry_run))
+    _run_job(load, "rl", _JobOptions(**options))
 
 
 @cli.command(name="eval")
 @_job_command
 @click.option("--model", metavar="PATH", help="The checkpoint to evaluate (model.path).")
-def evaluate(
-    load: Callable[[str], Job],
-    recipe: str,
-    overrides: tuple[str, ...],
-    quiet: bool,
-    dry_run: bool,
-    model: str | None,
-) -> None:
+def evaluate(load: Callable[[str], Job], model: str | None, **options: Any) -> None:
     """Evaluate a model.
 
     RECIPE is a TOML file, or the name of a shipped one.
     """
-    _run_job(load, "evaluate", _JobOptions(recipe, overrides, quiet, dry_run), model)
+    _run_job(load, "evaluate", _JobOptions(**options), model)
 
 
 cli.add_command(data)

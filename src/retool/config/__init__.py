@@ -23,6 +23,7 @@ from retool.config.reading import (
     recipe_toml,
 )
 from retool.config.sections import (
+    ClusterConfig,
     DataConfig,
     EngineConfig,
     EvalConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "ALARMS",
     "ALGORITHMS",
     "SHIPPED_RECIPES",
+    "ClusterConfig",
     "CriticConfig",
     "DataConfig",
     "EngineConfig",

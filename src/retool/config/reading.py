@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from retool.config.learning import HealthConfig, RLConfig, SFTConfig
 from retool.config.section import Section
 from retool.config.sections import (
+    ClusterConfig,
     DataConfig,
     EngineConfig,
     EvalConfig,
@@ -38,6 +39,7 @@ class Recipe(Section):
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     sft: SFTConfig = Field(default_factory=SFTConfig)
     rl: RLConfig = Field(default_factory=RLConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)

@@ -187,7 +187,7 @@ class EngineConfig(Section):
     kv_budget_mb: int = Field(default=512, ge=1)
     """Memory for the KV cache; the number of live sequences follows from it, the rest wait."""
     max_live: int = Field(default=256, ge=1)
-    """Live sequences at most, whatever the budget allows."""
+    """Live sequences at most, whatever the budget allows; on verl, of each sampling server."""
     prefill_chunk: int = Field(default=2048, ge=16)
     """Tokens of prompts and observations computed in one forward pass."""
     gradient_checkpointing: bool = False
@@ -201,3 +201,55 @@ class EvalConfig(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     bootstrap: int = Field(default=2000, ge=100)
     """Resamples for the 95 % interval, clustered by problem."""
+
+
+class ClusterConfig(Section):
+    """The cluster engine, verl on Ray (``--engine verl``). Whatever has no field here or elsewhere in the recipe is
+    ``--verl key=value``."""
+
+    nodes: int = Field(default=1, ge=1)
+    gpus_per_node: int = Field(default=8, ge=1)
+    address: str = ""
+    """The head of a Ray cluster that runs already, as ``host:port``, or ``auto`` for the one that this machine belongs
+    to; empty: what RAY_ADDRESS says, else a Ray of the run's own on this machine."""
+    rollout: Literal["vllm", "sglang"] = "vllm"
+    """What samples."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs that share a sampling model."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """GPUs that share a sequence in training (Ulysses, arXiv 2309.14509)."""
+    critic_sequence_parallel: int = Field(default=0, ge=0)
+    """0: as the actor's."""
+    offload: bool = False
+    """Parameters and the optimiser's state wait in the CPU's memory while they are not used."""
+    gpu_memory_share: float = Field(default=0.5, gt=0, lt=1)
+    """Of each GPU, for the sampling model and its KV cache."""
+    logprob_tokens: int = Field(default=0, ge=0)
+    """Tokens of a GPU's micro-batch where nothing is learnt; 0: as ``rl.micro_batch_tokens``."""
+    critic_tokens: int = Field(default=0, ge=0)
+    """Tokens of a GPU's micro-batch of the critic; 0: as ``rl.micro_batch_tokens``."""
+    agent_workers: int = Field(default=8, ge=1)
+    """Processes that drive trajectories, spread over the nodes."""
+
+    @field_validator("address")
+    @classmethod
+    def _reachable(cls, address: str) -> str:
+        host, colon, port = address.rpartition(":")
+        if address and address != "auto" and not (host and colon and port.isdecimal() and "/" not in host):
+            raise ValueError(
+                f"cluster.address = {address!r}: give the head's host:port (Ray's own port, 6379 unless you chose "
+                "another), or 'auto' on a machine of the cluster"
+            )
+        return address
+
+    @model_validator(mode="after")
+    def _divides(self) -> ClusterConfig:
+        gpus = self.nodes * self.gpus_per_node
+        for name in ("tensor_parallel", "sequence_parallel", "critic_sequence_parallel"):
+            parts = getattr(self, name) or 1
+            if gpus % parts:
+                raise ValueError(
+                    f"cluster.{name} = {parts} does not divide the {gpus} GPUs (cluster.nodes × "
+                    "cluster.gpus_per_node): choose a divisor"
+                )
+        return self

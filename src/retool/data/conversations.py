@@ -24,6 +24,7 @@ from retool.data.retool_sft import to_messages
 from retool.errors import DataError
 from retool.formats import tags
 from retool.formats.calls import tool_call
+from retool.formats.chat import ChatFormat
 from retool.grading.answers import extract_answer
 from retool.types import Conversation, Message
 
@@ -157,3 +158,30 @@ def with_calls(conversation: Conversation) -> Conversation:
     except tags.TagError as error:
         raise DataError(f"conversation {conversation.id!r}: {error}; mend its tags, or leave the row out") from None
     return replace(conversation, messages=[*others, *to_messages(blocks)])
+
+
+class Encoded(NamedTuple):
+    """A conversation as tokens; the mask is 1 on the assistant's."""
+
+    conversation: Conversation
+    ids_T: list[int]
+    mask_T: list[int]
+
+
+def encode(conversations: Iterable[Conversation], fmt: ChatFormat, max_tokens: int) -> tuple[list[Encoded], int]:
+    """Conversations as what a rollout of the same turns would be, and how many were left out because they are longer.
+
+    Raises:
+        DataError: a conversation cannot be written in the format; names it.
+    """
+    found, too_long = list[Encoded](), 0
+    for conversation in conversations:
+        try:
+            ids, mask = fmt.conversation_ids(conversation.messages, tools=conversation.tools)
+        except DataError as error:
+            raise DataError(f"conversation {conversation.id!r}: {error}") from None
+        if len(ids) <= max_tokens:
+            found.append(Encoded(conversation, ids, mask))
+        else:
+            too_long += 1
+    return found, too_long

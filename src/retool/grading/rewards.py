@@ -13,11 +13,12 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from retool.config.learning import OverlongConfig
 from retool.errors import ConfigError, InvariantError
-from retool.types import Trajectory
+from retool.types import Trajectory, TrajectoryGroup
 
 Reward = Callable[[Trajectory], float]
 
@@ -51,6 +52,14 @@ def overlong_punishment(length: int, limit: int, buffer: int, penalty: float) ->
     """
     over = length - (limit - buffer)
     return -penalty * min(1.0, over / buffer) if buffer > 0 and over > 0 else 0.0
+
+
+def punish_overlong(groups: Iterable[TrajectoryGroup], config: OverlongConfig, limit: int) -> None:
+    """Add ``overlong_punishment`` to the reward of every trajectory that was not lost."""
+    buffer = round(config.buffer_share * limit)
+    for group in groups:
+        for t in group.trajectories:
+            t.reward += overlong_punishment(t.response_length, limit, buffer, config.penalty)
 
 
 REWARDS: dict[str, Reward] = {"paper": paper, "verl": verl}

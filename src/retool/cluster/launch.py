@@ -1,0 +1,218 @@
+"""A job on the cluster engine: prepare, start verl, watch it, keep what it leaves.
+
+The launcher owns the run folder. verl runs in a child process, writes its state to ``RUN/verl`` and its output to
+``RUN/verl/log.txt``; the recorder writes trajectories; what verl logs comes back here and becomes ``metrics.jsonl``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from retool.cluster.data import EVAL, TRAIN, with_room, write_tasks
+from retool.cluster.main import TOKEN, compose
+from retool.cluster.options import CONFIGS, Job, model_path, notes_of, overrides_of
+from retool.cluster.watch import NAMES, Watch, last_error
+from retool.config import Recipe
+from retool.data.sets import is_hub_name
+from retool.data.sources import open_source
+from retool.errors import ConfigError, DataError, InfraError, UserError
+from retool.formats import make_format
+from retool.formats.chat import ChatFormat
+from retool.formats.tokenizer import load_tokenizer
+from retool.grading.rewards import find_reward
+from retool.progress import Progress
+from retool.store import RunFolder, seal, write_directory
+from retool.store.resume import RunLock, begin_run, find_run, refuse_changes
+from retool.trackers import check_trackers
+
+VERL = "0.9."
+"""The versions that this engine is written for and tested with."""
+CONNECT_S = 5.0
+LATEST = "latest_checkpointed_iteration.txt"
+"""verl's: the number of the last step that was saved whole."""
+EXTRA_ROUNDS = 3
+"""Rows for dynamic sampling, as a multiple of what a run without it needs; after them verl begins the file anew."""
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def run(recipe: Recipe, *, job: str, extra: Sequence[str] = (), progress: Progress) -> dict[str, Any]:
+    """Run ``job`` (``sft``, ``rl`` or ``evaluate``) on verl. Returns what ``summary.json`` holds.
+
+    Args:
+        extra: verl's own options, ``key=value``.
+
+    Raises:
+        UserError: a mistake in the recipe, the options or the data; nothing has been started.
+        InfraError: verl ended with an error; what it saved is whole.
+        HealthError: an alarm of ``health.stop_on``.
+    """
+    check_trackers(recipe)
+    find_reward(recipe.rl.reward)
+    path, name = Path(recipe.run.out) / recipe.run.name, NAMES[job]
+    what = Job(job, recipe, path.resolve())
+    overrides = overrides_of(what, extra)
+    check_verl()
+    compose(overrides, CONFIGS[job])
+    check_model(recipe)
+    check_address(recipe)
+    with RunLock(recipe) as lock:
+        earlier = find_run(recipe, name, engine="verl")
+        done = saved_step(what.state) if earlier and job != "evaluate" else 0
+        if earlier and done:
+            refuse_changes(earlier, recipe, name)
+        fmt = make_format(recipe.rollout, load_tokenizer(recipe.model.tokenizer or model_path(recipe)))
+        write = read_data(what, fmt, progress.line)
+        folder = begin_run(recipe, done)
+        lock.take()
+        what.state.mkdir(exist_ok=True)
+        folder.write_environment(job=name, seed=recipe.run.seed, device="verl", engine="verl", verl_options=overrides)
+        steps = write()
+        for note in notes_of(what):
+            progress.line(f"note: {note}")
+        if done < steps:
+            Watch(what, folder, done, steps, progress).run(overrides, {TOKEN: recipe.sandbox.token})
+        else:
+            progress.line(f"all {steps} steps are done already, in {folder.path}")
+        if job != "evaluate":
+            export(what, folder, steps)
+        return folder.summary()
+
+
+# --- what must be in order before anything starts ---------------------------------------------------------------------
+
+
+def check_verl() -> None:
+    """Raises UserError: verl is not installed, or another version."""
+    spec = importlib.util.find_spec("verl")
+    if spec is None or spec.origin is None:
+        raise UserError("--engine verl: verl is not installed; pip install 'retool[verl]' -c constraints-verl.txt")
+    version = importlib.metadata.version("verl")
+    if not version.startswith(VERL):
+        raise UserError(f"--engine verl: verl {version} is installed; this needs {VERL}x (constraints-verl.txt)")
+
+
+def check_model(recipe: Recipe) -> None:
+    """Raises ConfigError: ``model.path`` is neither a whole model's folder nor a hub name."""
+    path = Path(model_path(recipe))
+    if not path.is_dir():
+        if not is_hub_name(recipe.model.path):
+            raise ConfigError(f"model.path = {recipe.model.path!r}: there is no such folder; give one, or a hub name")
+        return
+    missing = "" if (path / "config.json").is_file() else "config.json"
+    if not any(file for pattern in WEIGHTS for file in path.glob(pattern)):
+        missing = missing or "weights (*.safetensors)"
+    if missing:
+        raise ConfigError(f"model.path = {recipe.model.path!r}: the folder has no {missing}; give a whole model's")
+
+
+def check_address(recipe: Recipe) -> None:
+    """Raises ConfigError: nothing answers where Ray should be."""
+    address, field = recipe.cluster.address, "cluster.address"
+    if not address:
+        address, field = os.environ.get("RAY_ADDRESS", ""), "RAY_ADDRESS"
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{field} = {address!r}: no Ray answers there ({error.strerror or error}); start one with "
+            "'ray start --head', or leave it empty for a Ray of the run's own"
+        ) from None
+
+
+def saved_step(state: Path) -> int:
+    """The last step that verl saved whole; 0 where there is none."""
+    try:
+        return int((state / LATEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def read_data(job: Job, fmt: ChatFormat, complain: Callable[[str], None]) -> Callable[[], int]:
+    """Read the job's data, so that a mistake in it is told before there is a run folder; what is returned writes it
+    into the folder and says how many steps the job has.
+
+    Raises:
+        DataError: see ``open_source`` and ``with_room``.
+    """
+    recipe, source = job.recipe, open_source(job.recipe)
+    if job.name == "sft":
+        from retool.cluster.sft import prepare
+
+        return prepare(job, fmt, complain)
+    if job.name == "evaluate":
+        validation = source.eval_tasks(recipe.data.test_split, recipe.data.test_size)
+        training, steps = validation, 1
+    else:
+        rounds = EXTRA_ROUNDS if recipe.rl.dynamic_sampling.enabled else 1
+        steps = recipe.rl.steps
+        training = source.train_tasks(0, rounds * steps * recipe.rl.prompts)
+        # verl wants a file to validate on, also where it never will
+        validation = (
+            source.eval_tasks(recipe.rl.eval_split, recipe.rl.eval_size) if recipe.rl.eval_every else training[:1]
+        )
+    training = with_room(training, fmt, recipe.rollout, complain)
+    if job.name == "rl" and len(training) < recipe.rl.prompts:
+        raise DataError(
+            f"data.train = {recipe.data.train!r}: {len(training)} tasks for rl.prompts = {recipe.rl.prompts}"
+        )
+    validation = with_room(validation, fmt, recipe.rollout, complain)
+
+    def write() -> int:
+        write_tasks(job.state / "train.parquet", training, TRAIN)
+        write_tasks(job.state / "val.parquet", validation, EVAL)
+        return steps
+
+    return write
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def export(job: Job, folder: RunFolder, steps: int) -> None:
+    """verl's last state as a model in Hugging Face layout, in ``checkpoints/`` (verl's merger, which writes bfloat16),
+    and the summary.
+
+    Raises:
+        InfraError: the merger failed; verl's state is as it was.
+    """
+    step = saved_step(job.state)
+    path = folder.checkpoint_path(step)
+    if not step:
+        raise InfraError(f"verl saved no step in {job.state}; its output is in {job.state / 'log.txt'}")
+    if step not in folder.checkpoint_steps():
+        source = job.state / f"global_step_{step}"
+        source = source / "actor" if job.name == "rl" else source
+        with write_directory(path) as aside:
+            merge(source, aside)
+            seal(aside)
+    if not folder.summary():
+        folder.write_summary({"steps": steps, "checkpoint": str(path), "engine": "verl"})
+
+
+def merge(source: Path, target: Path) -> None:
+    """verl's sharded state ``source`` as one model in ``target``."""
+    command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
+    command += ["--local_dir", str(source), "--target_dir", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        reason = last_error(done.stdout + done.stderr) or f"exit code {done.returncode}"
+        raise InfraError(f"verl's merger failed on {source}: {reason}")
+    # what the merger does not bring along
+    for file in (source / "huggingface").glob("*.jinja"):
+        if not (target / file.name).exists():
+            shutil.copy(file, target / file.name)

@@ -1,0 +1,156 @@
+"""verl's agent loop: a trajectory is made by ``rollout.run_trajectory``, with verl's servers as its policy."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from verl.experimental.agent_loop import AgentLoopBase, AgentLoopOutput
+from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
+
+from retool.cluster.data import EVAL, task_of
+from retool.cluster.policy import ServerPolicy
+from retool.cluster.recorder import NAME
+from retool.cluster.sandbox import open_node_sandbox
+from retool.config import Recipe, make_recipe
+from retool.errors import InfraError
+from retool.formats import make_format
+from retool.formats.chat import ChatFormat
+from retool.grading.grader import judge
+from retool.grading.rewards import punish_overlong
+from retool.protocols import Sandbox
+from retool.rollout import Rollout, make_group, run_trajectory
+from retool.types import StopReason, Trajectory
+
+
+@dataclass
+class Shared:
+    """What all trajectories of a worker process share."""
+
+    recipe: Recipe
+    recorder: Any
+    fmt: ChatFormat
+    sandbox: Sandbox | None
+    grading: asyncio.Lock
+    """The verifier has one budget at a time."""
+
+
+_opening = asyncio.Lock()
+_shared: list[Shared] = []
+"""Of this process: one, once its first trajectory has begun."""
+
+
+async def _open(tokenizer: Any) -> Shared:
+    async with _opening:
+        if not _shared:
+            recorder = ray.get_actor(NAME)
+            recipe = make_recipe(await recorder.recipe.remote())
+            sandbox = await open_node_sandbox(recipe.sandbox) if recipe.rollout.tools else None
+            fmt = make_format(recipe.rollout, tokenizer)
+            _shared.append(Shared(recipe, recorder, fmt, sandbox, asyncio.Lock()))
+    return _shared[0]
+
+
+class TrajectoryLoop(AgentLoopBase):  # type: ignore[misc]
+    """verl makes one for each trajectory. Limits, formats, stop reasons, sandbox and grading are the local engine's."""
+
+    async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput | list[AgentLoopOutput]:
+        """One trajectory of a row of the data (``cluster.data.SCHEMA``), graded.
+
+        One that the infrastructure lost is recorded and gives no output: its group goes on without it, and its share
+        of the batch is filled with rows that are masked out. Where groups are filtered (DAPO's dynamic sampling), verl
+        takes a group that ended well for one with a reward, so there the loss is raised: the group's others are learnt
+        from all the same, and a group that is lost whole is drawn anew.
+
+        Raises:
+            InfraError: see above.
+        """
+        shared = await _open(self.tokenizer)
+        task, uid, validation = task_of(row), str(row["uid"]), row["extra_info"]["split"] == EVAL
+        policy = ServerPolicy(self.server_manager, shared.fmt.decode, name=uid, server=self.rollout_config.name)
+        trajectory = await run_trajectory(
+            _rollout(shared, policy, sampling_params, uid),
+            task,
+            int(row["session_id"]),
+            seed=shared.recipe.run.seed,
+            step=int(row["global_steps"]),
+        )
+        counts = await _grade(shared, trajectory)
+        await shared.recorder.add.remote(uid, int(row["index"]), trajectory, counts, validation=validation)
+        if trajectory.stop_reason is StopReason.INFRA:
+            if self.config.algorithm.filter_groups.enable and not validation:
+                raise InfraError(f"task {task.id}, sample {trajectory.sample}: lost to the infrastructure")
+            return []
+        return output_of(trajectory, policy)
+
+
+def _rollout(shared: Shared, policy: ServerPolicy, sampling_params: dict[str, Any], uid: str) -> Rollout:
+    """verl says how to sample: training and validation differ."""
+    recipe = shared.recipe
+    config = recipe.rollout.model_copy(
+        update={
+            "temperature": float(sampling_params["temperature"]),
+            "top_p": float(sampling_params["top_p"]),
+            "top_k": max(0, int(sampling_params["top_k"])),
+        }
+    )
+    return Rollout(
+        policy=policy,
+        fmt=shared.fmt,
+        sandbox=_Named(shared.sandbox, uid) if shared.sandbox is not None else None,
+        config=config,
+        timeout_s=recipe.sandbox.timeout_s,
+        infra_retries=recipe.sandbox.retries,
+        stateful=recipe.sandbox.stateful,
+    )
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The node's sandbox, with a group's sessions kept apart from those of the same task drawn again."""
+
+    sandbox: Sandbox
+    uid: str
+
+    async def execute(self, code: str, timeout_s: float, *, session: str = "") -> Any:
+        return await self.sandbox.execute(code, timeout_s, session=session and f"{self.uid}/{session}")
+
+    def release(self, session: str) -> None:
+        self.sandbox.release(f"{self.uid}/{session}")
+
+    async def close(self) -> None:
+        """The node's sandbox outlives the trajectory."""
+
+
+async def _grade(shared: Shared, trajectory: Trajectory) -> dict[str, float]:
+    """Set its grade and reward; what became of its answer, to be counted."""
+    recipe = shared.recipe
+    groups = [make_group(trajectory.task, [trajectory])]
+    async with shared.grading:
+        counts = await asyncio.to_thread(judge, groups, recipe.rl)
+    punish_overlong(groups, recipe.rl.overlong, recipe.rollout.max_response_tokens)
+    return counts.metrics()
+
+
+def output_of(trajectory: Trajectory, policy: ServerPolicy) -> AgentLoopOutput:
+    """The trajectory as verl learns from it: ids, mask and log-probabilities as they are, none made again."""
+    start = len(trajectory.prompt_ids)
+    versions = [turn.output.policy_version for turn in trajectory.turns]
+    return AgentLoopOutput(
+        prompt_ids=trajectory.prompt_ids,
+        response_ids=trajectory.ids_T[start:],
+        response_mask=trajectory.mask_T[start:],
+        response_logprobs=trajectory.logprobs_T[start:],
+        reward_score=trajectory.reward,
+        num_turns=trajectory.num_turns,
+        metrics=AgentLoopMetrics(
+            generate_sequences=policy.seconds, tool_calls=trajectory.sandbox_s, num_preempted=policy.preempted
+        ),
+        extra_fields={
+            "reward_extra_info": {"acc": float(trajectory.grade is not None and trajectory.grade.correct)},
+            "min_global_steps": min(versions),
+            "max_global_steps": max(versions),
+        },
+    )
