@@ -1,12 +1,13 @@
 # Every target sets the machine up first; once that is done, the stamp makes it cost nothing.
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint bench
+.PHONY: help setup setup-verl quickstart test test-verl lint bench
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
 VENV := .venv
+VENV_VERL := .venv-verl
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.retool-setup
+STAMP := .retool-setup
 # The oldest supported Python comes first: it is the one that the pins were resolved and tested with.
 PYTHONS := python3.11 python3.12 python3.13 python3
 ARGS ?=
@@ -15,24 +16,30 @@ help:
 	@echo "make setup        build $(VENV) with the pinned packages"
 	@echo "make quickstart   the whole job on this machine's CPU, with a report   (ARGS='--seed 1' …)"
 	@echo "make test         the tests                                            (ARGS='-k sandbox' …)"
+	@echo "make test-verl    the cluster engine's, with the real verl on this CPU     (an environment of its own)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        the measurements of speed in benchmarks/"
 
-setup: $(STAMP)
+setup: $(VENV)/$(STAMP)
+setup-verl: $(VENV_VERL)/$(STAMP)
+$(VENV)/$(STAMP): EXTRAS := dev
+$(VENV)/$(STAMP): CONSTRAINTS := constraints.txt
+$(VENV_VERL)/$(STAMP): EXTRAS := test,verl
+$(VENV_VERL)/$(STAMP): CONSTRAINTS := constraints-verl.txt
 
 # A candidate is asked for its version: on some machines a name on PATH is only a launcher without a Python behind it.
 # torch goes in first, by its pin alone, so that no other package's wishes can choose another build of it.
-$(STAMP): pyproject.toml constraints.txt
+$(VENV)/$(STAMP) $(VENV_VERL)/$(STAMP): pyproject.toml constraints.txt constraints-verl.txt
 	@python=; for candidate in $(PYTHONS); do \
 	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    python="$$candidate"; break; fi; done; \
 	if [ -z "$$python" ]; then \
-	  echo "make setup: no Python 3.11 or newer with venv on PATH; install one (Debian, Ubuntu: python3.11-venv)" >&2; \
+	  echo "make: no Python 3.11 or newer with venv on PATH; install one (Debian, Ubuntu: python3.11-venv)" >&2; \
 	  exit 1; fi; \
-	echo "Setting up $(VENV) with $$("$$python" --version): a few minutes, once"; \
-	"$$python" -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	echo "Setting up $(@D) with $$("$$python" --version): a few minutes, once"; \
+	"$$python" -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
 
 quickstart: setup
@@ -40,6 +47,9 @@ quickstart: setup
 
 test: setup
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-verl: setup-verl
+	@$(VENV_VERL)/bin/python -m pytest tests/verl $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check

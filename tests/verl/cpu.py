@@ -31,37 +31,33 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 RL_OPTIONS: tuple[str, ...] = (
-    "trainer.device=cpu",
-    "actor_rollout_ref.actor.strategy=fsdp2",  # FSDP1 needs a GPU; the reference follows
+    "actor_rollout_ref.actor.strategy=fsdp2",  # FSDP1 needs a GPU; the reference follows the actor
     "++actor_rollout_ref.model.override_config.attn_implementation=sdpa",  # flash-attention is verl's default
-    "actor_rollout_ref.model.use_remove_padding=False",  # packing is for flash-attention
-    "++actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32",  # the rollout is exact, so training can be
+    "++actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32",  # as exact as the rollout; bf16 is slower
     "++actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype=fp32",
     "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",  # of the entropy: compiling costs more than it saves
-    "actor_rollout_ref.rollout.agent.num_workers=1",  # eight are the default, and each is a process that imports verl
-    "reward.num_workers=1",
-    "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
-    "data.dataloader_num_workers=0",
-    "ray_kwargs.ray_init.num_cpus=16",  # pretended: Ray wants a core for each actor that it places
+    "actor_rollout_ref.rollout.agent.num_workers=1",  # each is a process that imports verl; the default is eight
+    "reward.num_workers=1",  # the same
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",  # the same
+    "data.dataloader_num_workers=0",  # the default forks eight for training and eight for validation
+    "++ray_kwargs.ray_init.address=local",  # else it joins any cluster that is up on this machine
+    "ray_kwargs.ray_init.num_cpus=16",  # pretended: a rank asks for several cores, and Ray would wait for them for ever
     "++ray_kwargs.ray_init.num_gpus=2",  # pretended: at least trainer.n_gpus_per_node
     "++ray_kwargs.ray_init.include_dashboard=False",  # a process more
 )
 """For ``verl.trainer.main_ppo``, after all other options."""
 
 PPO_OPTIONS: tuple[str, ...] = (
-    "critic.strategy=fsdp2",
-    "++critic.model.override_config.attn_implementation=sdpa",
-    "critic.model.use_remove_padding=False",
+    "critic.strategy=fsdp2",  # the critic follows nobody
     "++critic.fsdp.mixed_precision.param_dtype=fp32",
 )
-"""The same for the critic, beside ``RL_OPTIONS``."""
+"""The same for the critic, beside ``RL_OPTIONS``; its attention is the plug-in's business."""
 
 SFT_OPTIONS: tuple[str, ...] = (
-    "trainer.device=cpu",
+    "trainer.device=cpu",  # verl corrects it for every accelerator but this one
     "engine.strategy=fsdp2",
     "++model.override_config.attn_implementation=sdpa",
-    "model.use_remove_padding=False",
     "++engine.mixed_precision.param_dtype=fp32",
-    "data.num_workers=0",
+    "data.num_workers=0",  # the default forks eight
 )
 """For ``verl.trainer.sft_trainer``, after all other options."""

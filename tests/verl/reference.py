@@ -70,7 +70,6 @@ _RL: dict[str, Any] = {
     "trainer.val_before_train": True,
     "trainer.save_freq": 30,
     "trainer.test_freq": 5,
-    "trainer.total_epochs": 1,
 }
 
 _DEFAULTS_RL: dict[str, Any] = {
@@ -101,7 +100,6 @@ REFERENCE_GRPO: dict[str, Any] = {
     "actor_rollout_ref.actor.ppo_mini_batch_size": 64,
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 18432,  # (2048 + 16384) × 1
     "actor_rollout_ref.actor.ulysses_sequence_parallel_size": 8,
-    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": 73728,  # × 4; without a KL penalty no reference runs
     "actor_rollout_ref.rollout.n": 16,
 }
 
@@ -125,8 +123,7 @@ REFERENCE_PPO: dict[str, Any] = {
     "critic.optim.lr": 2e-6,
     "critic.model.use_remove_padding": True,
     "critic.model.enable_gradient_checkpointing": True,
-    "critic.ppo_max_token_len_per_gpu": 73728,  # (2048 + 16384) × 4; 0.9.1 does not read it, but the next one
-    "critic.ppo_infer_max_token_len_per_gpu": 73728,  # critic.ppo_max_token_len_per_gpu
+    "critic.ppo_infer_max_token_len_per_gpu": 73728,  # critic.ppo_max_token_len_per_gpu: (2048 + 16384) × 4
     "critic.fsdp.ulysses_sequence_parallel_size": 4,  # critic.ulysses_sequence_parallel_size
     "critic.fsdp.param_offload": True,  # critic.model.fsdp_config.param_offload
     "critic.fsdp.optimizer_offload": True,  # critic.model.fsdp_config.optimizer_offload
@@ -181,6 +178,9 @@ GONE: tuple[tuple[str, str], ...] = (
     ),
     ("custom_reward_function.name", "likewise; our agent loop grades"),
     ("critic.model.fsdp_config.*", "refused by Hydra: critic.fsdp.*"),
+    ("critic.ppo_max_token_len_per_gpu", "composes and is not read: critic.ppo_infer_max_token_len_per_gpu"),
+    ("actor_rollout_ref.ref.log_prob_max_token_len_per_gpu", "(2048 + 16384) × 4 (GRPO); no reference model runs"),
+    ("trainer.total_epochs", "1: ours counts steps, 150 and 250: trainer.total_training_steps"),
     ("critic.ulysses_sequence_parallel_size", "composes and is ignored: critic.fsdp.ulysses_sequence_parallel_size"),
     ("algorithm.filter_groups.max_num_gen_batches", "ignored with a warning: there is no limit (DAPO; 10 there)"),
     ("data.gen_batch_size", "set to 1 with filter_groups: prompts are replaced one by one (DAPO; 1536 there)"),

@@ -26,8 +26,7 @@ from retool.rollout import Rollout, run_trajectory
 from retool.types import ExecutionResult, ExecutionStatus, StopReason, Task
 
 T = TypeVar("T")
-LIMIT_S = 90.0
-"""Of a test; each needs seconds."""
+LIMIT_S = 90.0  # of a test; each needs seconds
 CONFIG = SandboxConfig(workers=8, preload=["math"])
 SLEEP = "import time; time.sleep({:g})"
 WHO = "import os; print(os.environ['RETOOL_SANDBOX'])"
@@ -40,27 +39,26 @@ def _actor() -> Any:
     return ray.get_actor(name, namespace=namespace)
 
 
-def _inside(look: Callable[[Any], T]) -> T:
+def _inside(look: Callable[[Any], Any]) -> Any:
     """What ``look`` sees in the actor's process, by Ray's own door."""
-    found: T = ray.get(_actor().__ray_call__.remote(look), timeout=20)
-    return found
+    return ray.get(_actor().__ray_call__.remote(look), timeout=20)
 
 
-def _pid() -> int:
+def _pid() -> Any:
     return _inside(lambda pool: os.getpid())
 
 
-def _is_gone() -> bool:
-    try:
-        _actor()
-    except ValueError:
-        return True
-    return False
+def _pools() -> list[str]:
+    """Names of the actors that live."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in named if actor["name"].startswith("retool_sandbox_")]
 
 
-class Traces(NamedTuple):
-    """What a pool leaves where it was not tidied up; other people's pools have others."""
+async def _run(running: int, waiting: int = 0) -> None:
+    await _until(lambda: _inside(lambda pool: (pool._pool.running, pool._pool.waiting)) == (running, waiting))
 
+
+class Traces(NamedTuple):  # what a pool leaves where it was not tidied up
     mark: str
     folder: str
 
@@ -83,15 +81,8 @@ def _left(pool: Traces) -> list[str]:
     return found + [place for place, inner, _ in os.walk("/sys/fs/cgroup") if name in inner]
 
 
-def _wait_until(condition: Callable[[], bool], patience_s: float = 20.0) -> None:
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.02)
-
-
-async def _until(condition: Callable[[], bool], patience_s: float = 20.0) -> None:
-    deadline = time.monotonic() + patience_s
+async def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline, "it did not come true"
         await asyncio.sleep(0.02)
@@ -99,7 +90,7 @@ async def _until(condition: Callable[[], bool], patience_s: float = 20.0) -> Non
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -109,9 +100,9 @@ def play(cluster: None) -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
     """Run a scenario within ``LIMIT_S``; the next test finds no actor."""
     yield lambda scenario: asyncio.run(asyncio.wait_for(scenario, LIMIT_S))
     if ray.is_initialized():
-        if not _is_gone():
+        for _ in _pools():
             ray.kill(_actor())
-        _wait_until(_is_gone)
+        asyncio.run(_until(lambda: not _pools()))
 
 
 @ray.remote(num_cpus=0)
@@ -141,9 +132,8 @@ def test_every_ending_passes_through_unchanged(play: Any) -> None:
         full = await sandbox.execute("print('x' * 10**6)", 20)
         assert (full.status, len(full.stdout)) == (ExecutionStatus.OUTPUT_LIMIT, 64 << 10)
         assert (await sandbox.execute("print('\ud800')", 20)).status is ERROR  # a lone surrogate travels
-        for bad in (0.0, -1.0, float("inf")):
-            with pytest.raises(ValueError, match="timeout_s"):
-                await sandbox.execute("", bad)
+        with pytest.raises(ValueError, match="timeout_s"):
+            await sandbox.execute("", float("inf"))
         assert isinstance(sandbox, NodeSandbox)
         counted = sandbox.stats()
         assert (counted["calls"], counted["infra"], counted["restarts"], counted["kills"]) == (6, 0, 0, 0)
@@ -160,8 +150,7 @@ def test_all_processes_of_a_node_share_one_actor_and_one_pool(play: Any) -> None
         # All at once: each would make the actor.
         marks = await asyncio.gather(NodeSandbox(CONFIG).execute(WHO, 20), *(w.execute.remote(WHO) for w in workers))
         assert {(m.status, m.stdout) for m in marks} == {(OK, marks[0].stdout)}
-        listed = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("retool_sandbox")]
-        assert len(listed) == 1
+        assert len(_pools()) == 1
         with pytest.raises(SandboxRefused, match="other settings"):
             await open_node_sandbox(SandboxConfig(workers=3, preload=["math"]))
 
@@ -189,20 +178,17 @@ def test_sessions_keep_their_state_and_prefixes_keep_them_apart(play: Any) -> No
 def test_a_killed_process_makes_infra_of_its_calls_and_of_nothing_else(play: Any) -> None:
     async def scenario() -> None:
         sandbox = NodeSandbox(CONFIG, "t")
-        mark = (await sandbox.execute(WHO, 20)).stdout.strip()
+        assert (await sandbox.execute("print(1)", 20)).status is OK
         pool = _traces()
         assert (await sandbox.execute("x = 1", 20, session="s")).status is OK
         running = [asyncio.create_task(sandbox.execute(SLEEP.format(60), 60)) for _ in range(6)]
-        await _until(lambda: _inside(lambda pool: pool._pool.running) == 6)
+        await _run(6)
         os.kill(_pid(), signal.SIGKILL)
         results = await asyncio.gather(*running)
         assert [r.status for r in results] == [INFRA] * 6
         assert all(r.stderr and "\n" not in r.stderr for r in results)
-        started = time.monotonic()  # the calls above came back to an actor that answers
-        after = await sandbox.execute(WHO, 20)
-        assert time.monotonic() - started < 5
-        assert after.status is OK
-        assert after.stdout.strip() != mark
+        again = await asyncio.wait_for(sandbox.execute("print(1)", 20), 5)  # they came back to an actor that answers
+        assert again.status is OK
         await _until(lambda: _left(pool) == [])
         for _ in range(2):
             assert (await sandbox.execute("x = 2", 20, session="s")).status is INFRA  # not another program
@@ -229,7 +215,7 @@ def test_a_rollout_whose_sandbox_is_killed_ends_as_if_nothing_had_been(play: Any
         rollout = Rollout(policy, fmt, sandbox, RolloutConfig(max_response_tokens=5000, max_context=9000), 20.0, 2)
         task = Task("t", "s", [{"role": "user", "content": "What is 2 + 2?"}], "4")
         playing = asyncio.create_task(run_trajectory(rollout, task, 0, seed=1, step=1))
-        await _until(lambda: _inside(lambda pool: pool._pool.running) == 1)
+        await _run(1)
         os.kill(_pid(), signal.SIGKILL)
         trajectory = await playing
         assert trajectory.stop_reason is StopReason.ANSWERED
@@ -248,21 +234,21 @@ def test_cancelling_and_closing_kill_the_runs(play: Any) -> None:
         await sandbox.start()
         # More than there are workers: some of them wait in line.
         running = [asyncio.create_task(sandbox.execute(SLEEP.format(60), 60)) for _ in range(20)]
-        await _until(lambda: _inside(lambda pool: (pool._pool.running, pool._pool.waiting)) == (8, 12))
+        await _run(8, 12)
         for task in running:
             task.cancel()
         ended = await asyncio.gather(*running, return_exceptions=True)
         assert all(isinstance(end, asyncio.CancelledError) for end in ended)
-        await _until(lambda: _inside(lambda pool: (pool._pool.running, pool._pool.waiting)) == (0, 0))
+        await _run(0)
         at_once = [asyncio.create_task(sandbox.execute(SLEEP.format(60), 60)) for _ in range(50)]
         for pause in range(50):  # before, while and after each is sent
             await asyncio.sleep(0.001 * (pause % 3))
             at_once[pause].cancel()
         await asyncio.gather(*at_once, return_exceptions=True)
-        await _until(lambda: _inside(lambda pool: (pool._pool.running, pool._pool.waiting)) == (0, 0))
+        await _run(0)
         mine = asyncio.create_task(sandbox.execute(SLEEP.format(60), 60))
         others = asyncio.create_task(other.execute(SLEEP.format(1), 60))
-        await _until(lambda: _inside(lambda pool: pool._pool.running) == 2)
+        await _run(2)
         await sandbox.close()
         assert (await mine).status is INFRA
         assert (await others).status is OK
@@ -271,22 +257,18 @@ def test_cancelling_and_closing_kill_the_runs(play: Any) -> None:
     play(scenario())
 
 
-def _block(pid: int) -> None:
-    _actor().__ray_call__.remote(lambda pool: time.sleep(600))
-
-
-def _stop(pid: int) -> None:
-    os.kill(pid, signal.SIGSTOP)
-
-
-@pytest.mark.parametrize("hang", [_block, _stop])
-def test_an_event_loop_that_hangs_is_found_and_restarted(play: Any, hang: Callable[[int], None]) -> None:
+@pytest.mark.parametrize(
+    "hang",
+    [lambda: _actor().__ray_call__.remote(lambda pool: time.sleep(600)), lambda: os.kill(_pid(), signal.SIGSTOP)],
+    ids=["blocked", "stopped"],
+)
+def test_an_event_loop_that_hangs_is_found_and_restarted(play: Any, hang: Callable[[], Any]) -> None:
     async def scenario() -> None:
         station = Station(CONFIG, Patience(ping_s=0.2, answer_s=0.5))
         sandbox = NodeSandbox(CONFIG, station=station)
         assert (await sandbox.execute("print(1)", 20)).status is OK
         pool = _traces()
-        hang(_pid())
+        hang()
         assert (await sandbox.execute("print(1)", 20)).status is INFRA  # it waits for a restart that it did not ask for
         assert (await sandbox.execute("print(1)", 20)).stdout == "1\n"
         assert (station.counts["kills"], station.counts["restarts"]) == (1, 1)
@@ -354,10 +336,8 @@ def test_a_node_that_can_never_run_anything_is_given_up(play: Any, pool: type[No
         with pytest.raises(SandboxBroken) as caught:
             await sandbox.start()
         assert str(caught.value) == f"the node's sandbox cannot run anything: {reason}"
-        started = time.monotonic()
         with pytest.raises(SandboxBroken):
-            await sandbox.execute("print(1)", 20)
-        assert time.monotonic() - started < 0.5
+            await asyncio.wait_for(sandbox.execute("print(1)", 20), 0.5)
 
     play(scenario())
 
@@ -379,16 +359,13 @@ def test_a_tier_that_cannot_be_had_is_told_at_once(play: Any) -> None:
 def test_the_actor_is_made_again_when_its_maker_dies(play: Any) -> None:
     async def scenario() -> None:
         maker, user = Worker.remote(), Worker.remote()
-        mark = (await maker.execute.remote(WHO)).stdout.strip()
+        assert (await maker.execute.remote("print(1)")).status is OK
         pool = _traces()
-        assert (await user.execute.remote(WHO)).stdout.strip() == mark
         running = user.execute.remote(SLEEP.format(15))
-        await _until(lambda: _inside(lambda pool: pool._pool.running) == 1)
+        await _run(1)
         ray.kill(maker)
         assert (await running).status is INFRA
-        again = await user.execute.remote(WHO)
-        assert again.status is OK
-        assert again.stdout.strip() != mark
+        assert (await user.execute.remote("print(1)")).status is OK
         assert (await user.stats.remote())["restarts"] == 1
         await _until(lambda: _left(pool) == [])
 
@@ -401,20 +378,22 @@ def test_a_service_is_used_where_the_config_names_one() -> None:
 
 
 def test_nothing_is_left_after_the_shutdown(play: Any) -> None:
-    async def scenario() -> tuple[Traces, int]:
-        sandbox = NodeSandbox(CONFIG)
-        mark = (await sandbox.execute(WHO, 20)).stdout.strip()
-        pool = _traces()
+    async def scenario() -> None:
+        sandbox = NodeSandbox(CONFIG, station=Station(CONFIG, Patience(ping_s=0.1, answer_s=0.5)))
+        await sandbox.start()
         running = [asyncio.create_task(sandbox.execute(SLEEP.format(60), 60)) for _ in range(4)]
-        await _until(lambda: _inside(lambda pool: pool._pool.running) == 4)
-        pid = _pid()
+        await _run(4)
+        pid, pool = _pid(), _traces()
         ray.shutdown()
+        await _until(lambda: not os.path.exists(f"/proc/{pid}"))
+        await _until(lambda: _left(pool) == [])
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        assert pool.mark == mark
-        return pool, pid
+        with pytest.raises(SandboxBroken, match="Ray was shut down"):
+            await sandbox.execute("print(1)", 20)
+        await sandbox.close()
+        await asyncio.sleep(1)
+        assert not ray.is_initialized()  # no ping has started another Ray
 
-    pool, pid = play(scenario())
-    _wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
-    _wait_until(lambda: _left(pool) == [])
+    play(scenario())

@@ -273,6 +273,7 @@ RL: tuple[Option, ...] = (
     Option(f"{_ROLLOUT}.agent.agent_loop_config_path", "rollout.format", lambda job: str(LOOPS)),
     same(f"{_ROLLOUT}.agent.num_workers", "cluster.agent_workers"),
     # the critic
+    Option("critic.enable", "rl.advantage", _has_critic),
     *model("critic.model", _has_critic),
     chosen("critic.strategy", "fsdp2", _has_critic),
     Option(

@@ -1,16 +1,19 @@
 """What verl does not keep: a step's trajectories as they were, their metrics under our names, the run folder's files.
 
-One actor of a run, on the node where the run folder is, takes every trajectory as it ends. It holds a step's at a time:
-1.2 MB for one of 16,000 tokens.
+One actor of a run, on the node where the run folder is, takes every trajectory as it ends. It holds those of two steps
+at the most, one that is made and one that is written: 1.2 MB for one of 16,000 tokens.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from retool.config import Recipe, make_recipe
+from retool.errors import InfraError
 from retool.metrics import evaluation_summary, rollout_metrics, validation_metrics
 from retool.rollout import make_group
 from retool.store import RunFolder
@@ -35,6 +38,8 @@ class Recorder:
         self._trained: dict[str, list[tuple[int, Trajectory]]] = {}
         self._validated: dict[str, list[tuple[int, Trajectory]]] = {}
         self._counts: Counter[str] = Counter()
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[Path] | None = None
 
     def recipe(self) -> dict[str, Any]:
         return self._tree
@@ -55,7 +60,8 @@ class Recorder:
             self._counts.update(counts)
 
     def end_step(self, step: int, advantages: Mapping[str, float]) -> dict[str, float]:
-        """Write the step's trajectories and forget them; its metrics under our names.
+        """The step's metrics under our names. Its trajectories are forgotten, and written while the next step goes on
+        (15 ms for one of 16,000 tokens); an error of the step before is raised here.
 
         Args:
             advantages: by ``uid_sample``, of those that were learnt from.
@@ -67,8 +73,24 @@ class Recorder:
         self._trained = {}
         metrics = rollout_metrics(groups) | dict(self._counts)
         self._counts = Counter()
-        self._folder.write_step(step, groups)
+        self.flush()
+        self._writing = self._writer.submit(self._folder.write_step, step, groups)
         return metrics
+
+    def flush(self) -> None:
+        """Wait until what was to be written is.
+
+        Raises:
+            InfraError: it could not be.
+        """
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except OSError as error:
+            raise InfraError(
+                f"trajectories could not be written to {self._folder.path} ({error.strerror or error})"
+            ) from error
 
     def end_validation(self, step: int) -> dict[str, float]:
         """The metrics of a validation under our names. Where the job is an evaluation, its trajectories and summary are

@@ -28,20 +28,9 @@ from retool.protocols import Sandbox
 from retool.sandbox import LocalSandbox
 from retool.sandbox.base import OneLoopSandbox
 from retool.sandbox.choose import open_sandbox
+from retool.sandbox.fusion import infra
 from retool.types import ExecutionRequest, ExecutionResult, ExecutionStatus
 
-PING_S = 5.0
-"""Between two pings of the actor's event loop."""
-ANSWER_S = 10.0
-"""After which a ping is missed. It runs no code: a full pool answers in milliseconds."""
-MISSES = 3
-"""In a row, before the actor is killed."""
-RECOVER_S = 60.0
-"""How long a call waits for a dead actor to come back: a new process and its imports take 2 to 20 s."""
-START_S = 180.0
-"""For an actor's first answer; its zygote alone may take ``retool.sandbox.link.START_S`` = 120 s."""
-STARTS = 3
-"""Starts in a row that may fail before the node is given up."""
 _AGAIN_S = 0.2
 """Between two tries to reach an actor that is being restarted."""
 _LAST_WORDS_S = 0.5
@@ -61,8 +50,7 @@ class NodePool:
     def __init__(self, config: SandboxConfig) -> None:
         self._config = config
         self._pool = LocalSandbox(config)
-        self._life = uuid.uuid4().hex
-        """Another one after each restart: what sessions must not outlive."""
+        self._life = uuid.uuid4().hex  # another one after each restart: what sessions must not outlive
 
     async def start(self, config: SandboxConfig) -> str:
         """This process's name, once it can run code.
@@ -86,9 +74,9 @@ class NodePool:
             raise
 
     async def execute(self, request: ExecutionRequest, life: str) -> tuple[str, ExecutionResult]:
-        """This process's name, and what came of the request. ``life``: the process that holds the session already."""
+        """This process's name, and what came of the request. ``life``: the process that holds the session."""
         if life and life != self._life:
-            return self._life, _infra("the session's interpreter was lost with the sandbox's process")
+            return self._life, infra("the session's interpreter was lost with the sandbox's process")
         result = await self._pool.execute(request.code, request.timeout_s, session=request.session)
         if result.status is ExecutionStatus.INFRA:
             await self._start()  # where no zygote comes up any more, only a new process can help
@@ -98,33 +86,40 @@ class NodePool:
         self._pool.release(session)
 
     async def ping(self) -> tuple[int, int]:
-        """Programs that wait, and that run. Answered by the event loop that runs code, as the proof that it turns."""
+        """Programs that wait, and that run; answered by the event loop that hands out code."""
         return self._pool.waiting, self._pool.running
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a station waits for what; the defaults are this module's constants."""
+    """How long a station waits for what."""
 
-    ping_s: float = PING_S
-    answer_s: float = ANSWER_S
-    misses: int = MISSES
-    recover_s: float = RECOVER_S
-    start_s: float = START_S
-    starts: int = STARTS
+    ping_s: float = 5.0
+    """Between two pings of the actor's event loop."""
+    answer_s: float = 10.0
+    """After which a ping is missed. It runs no code: a full pool answers in milliseconds."""
+    misses: int = 3
+    """In a row, before the actor is killed."""
+    recover_s: float = 60.0
+    """How long a call waits for a dead actor to come back: a new process and its imports take 2 to 20 s."""
+    start_s: float = 180.0
+    """For an actor's first answer; its zygote alone may take ``retool.sandbox.link.START_S`` = 120 s."""
+    starts: int = 3
+    """In a row that may fail before the node is given up."""
 
 
 class Station:
-    """One process's connection to its node's actor: finds or makes it, watches it, waits for it, counts.
-
-    It belongs to the event loop in which it was first used, and ends with it.
-    """
+    """One process's connection to its node's actor: finds or makes it, watches it, waits for it, counts. It belongs to
+    the event loop in which it was first used, and ends with it."""
 
     def __init__(
-        self, config: SandboxConfig, patience: Patience | None = None, pool: type[NodePool] = NodePool
+        self,
+        config: SandboxConfig,
+        patience: Patience = Patience(),
+        pool: type[NodePool] = NodePool,
     ) -> None:
         self._config = config
-        self._patience = patience or Patience()
+        self._patience = patience
         self._pool = pool
         self._actor: Any = None
         self._life = ""
@@ -139,15 +134,8 @@ class Station:
         this process caused (kills, it did not answer pings); of the whole node, at the last ping, the programs that
         wait and run. All of a node's processes see the same restarts: take their largest."""
 
-    # -- reaching the actor --------------------------------------------------------------------------------------------
-
     async def open(self) -> None:
-        """Wait until the actor answers.
-
-        Raises:
-            SandboxRefused: this node cannot give the tier, or the job's pool was started with another config.
-            SandboxBroken: nothing can be run on this node.
-        """
+        """Wait until the actor answers. Raises as ``NodeSandbox.start`` does."""
         try:
             await self._reach(self._patience.start_s)
         except TimeoutError:
@@ -156,6 +144,7 @@ class Station:
 
     async def _reach(self, limit_s: float) -> None:
         """Raises: SandboxRefused, SandboxBroken, TimeoutError."""
+        _check_ray()
         if self._up:
             return
         if self._fault is not None:
@@ -170,8 +159,7 @@ class Station:
         failed = 0
         deadline = time.monotonic() + self._patience.start_s * self._patience.starts
         while True:
-            if not ray.is_initialized():  # Ray would start a cluster of its own
-                raise SandboxBroken("the node's sandbox is gone: Ray was shut down")
+            _check_ray()
             reason = ""
             try:
                 if self._actor is None:
@@ -229,12 +217,11 @@ class Station:
                 del _stations[key]
         _look_at(watching)
 
-    # -- its health ----------------------------------------------------------------------------------------------------
-
     async def _watch(self) -> None:
         misses = 0
         while self._fault is None:
             await asyncio.sleep(self._patience.ping_s)
+            _check_ray()
             if not self._up:
                 misses = 0
                 await self._reach(self._patience.start_s * self._patience.starts)
@@ -258,19 +245,13 @@ class Station:
         self.counts["waiting"], self.counts["running"] = answer.result()
         return True
 
-    # -- running code --------------------------------------------------------------------------------------------------
-
     async def execute(self, request: ExecutionRequest, life: str, running: set[Any]) -> tuple[str, ExecutionResult]:
         """The process that ran the request (empty: none did to the end), and what came of it. ``running`` holds the
-        call's reference meanwhile. Cancelled, it cancels the run.
-
-        Raises:
-            SandboxRefused, SandboxBroken: nothing can be run on this node.
-        """
+        call's reference meanwhile. Cancelled, it cancels the run. Raises as ``NodeSandbox.start`` does."""
         try:
             await self._reach(self._patience.recover_s)
         except TimeoutError:
-            return "", _infra(f"the node's sandbox did not answer within {self._patience.recover_s:g} s")
+            return "", infra(f"the node's sandbox did not answer within {self._patience.recover_s:g} s")
         asked = self._life
         reference = self._actor.execute.remote(request, life)
         running.add(reference)
@@ -278,10 +259,10 @@ class Station:
             answer: tuple[str, ExecutionResult] = await reference
             return answer
         except asyncio.CancelledError:
-            ray.cancel(reference)
+            _cancel(reference)
             raise
         except TaskCancelledError:
-            return "", _infra("the sandbox was closed")
+            return "", infra("the sandbox was closed")
         except RayTaskError as error:
             if isinstance(error.cause, SandboxRefused):
                 raise SandboxRefused(str(error.cause)) from None
@@ -298,7 +279,7 @@ class Station:
             await self._reach(self._patience.recover_s)
         except TimeoutError:
             reason += f"; it did not come back within {self._patience.recover_s:g} s"
-        return "", _infra(reason)
+        return "", infra(reason)
 
     def release(self, session: str) -> None:
         if self._up and ray.is_initialized():
@@ -308,19 +289,17 @@ class Station:
 _stations: dict[tuple[asyncio.AbstractEventLoop, str], Station] = {}
 
 
-def _station(config: SandboxConfig) -> Station:
+def _station_of(config: SandboxConfig) -> Station:
     """The running event loop's."""
     key = asyncio.get_running_loop(), config.model_dump_json()
-    if key not in _stations:
-        _stations[key] = Station(config)
-    return _stations[key]
+    return _stations.get(key) or _stations.setdefault(key, Station(config))
 
 
 class NodeSandbox(OneLoopSandbox):
     """The node's sandbox as one trajectory sees it (``retool.protocols.Sandbox``); it costs nothing to make.
 
-    A fault of the actor is ``ExecutionStatus.INFRA``, returned when the actor answers again or after ``RECOVER_S``.
-    A session that was in use when the actor died answers INFRA until it is released: to go on in a fresh interpreter
+    A fault of the actor is ``ExecutionStatus.INFRA``, returned when the actor answers again (or after a minute). A
+    session that was in use when the actor died answers INFRA until it is released: to go on in a fresh interpreter
     would be another program. Use it from one event loop.
 
     Args:
@@ -331,17 +310,15 @@ class NodeSandbox(OneLoopSandbox):
     def __init__(self, config: SandboxConfig, prefix: str = "", *, station: Station | None = None) -> None:
         super().__init__()
         self._config = config
-        self._prefix = prefix
-        self._own_station = station
+        self._prefix = f"{len(prefix)}:{prefix}"  # no two pairs of prefix and session have one name
+        self._given_station = station
         self._running: set[Any] = set()
         self._lives: dict[str, str] = {}
         """Of each session, the actor's process that holds it."""
 
     @property
     def _station(self) -> Station:
-        if self._own_station is None:
-            self._own_station = _station(self._config)
-        return self._own_station
+        return self._given_station or _station_of(self._config)
 
     async def start(self) -> None:
         """Find or make the node's actor, and wait until it can run code.
@@ -358,12 +335,11 @@ class NodeSandbox(OneLoopSandbox):
 
         Raises:
             ValueError: ``timeout_s`` is not a positive, finite number.
-            SandboxRefused: this node cannot give the tier that the config asks for.
-            SandboxBroken: nothing can be run on this node.
+            SandboxRefused, SandboxBroken: as ``start`` does.
             RuntimeError: closed, or used from another event loop.
         """
         self._check_use()
-        request = ExecutionRequest(code, timeout_s, session=self._full_name(session) if session else "")
+        request = ExecutionRequest(code, timeout_s, session=self._prefix + session if session else "")
         counts = self._station.counts
         counts["calls"] += 1
         held = self._lives.setdefault(session, "") if session else ""
@@ -373,21 +349,17 @@ class NodeSandbox(OneLoopSandbox):
             self._lives[session] = life or "lost"
         return result
 
-    def _full_name(self, session: str) -> str:
-        return f"{len(self._prefix)}:{self._prefix}{session}"  # no two pairs have one name
-
     def release(self, session: str) -> None:
         """End a session's interpreter; unknown sessions are ignored."""
         if self._lives.pop(session, None) is not None:
-            self._station.release(self._full_name(session))
+            self._station.release(self._prefix + session)
 
     async def close(self) -> None:
-        """Kill what this client still runs (its callers get INFRA) and end its sessions. The node's pool lives on for
-        the others."""
+        """Kill what this client still runs (its callers get INFRA), and end its sessions; the pool lives on."""
         self._closed = True
         if self._loop is asyncio.get_running_loop():
             for reference in self._running:
-                ray.cancel(reference)
+                _cancel(reference)
             for session in list(self._lives):
                 self.release(session)
 
@@ -397,13 +369,8 @@ class NodeSandbox(OneLoopSandbox):
 
 
 async def open_node_sandbox(config: SandboxConfig) -> Sandbox:
-    """The sandbox that a config means for code of this node's workers: the node's own, or the service at
-    ``config.url``. It has started; who opened it closes it.
-
-    Raises:
-        SandboxRefused: this node cannot give the tier that the config asks for.
-        SandboxBroken: it did not come up, or the service cannot be reached.
-    """
+    """The sandbox that a config means for this node's workers: the node's own, or the service at ``config.url``. It has
+    started; who opened it closes it. Raises as ``retool.sandbox.choose.open_sandbox`` does."""
     if config.url:
         return await open_sandbox(config)
     sandbox = NodeSandbox(config)
@@ -411,8 +378,15 @@ async def open_node_sandbox(config: SandboxConfig) -> Sandbox:
     return sandbox
 
 
-def _infra(reason: str) -> ExecutionResult:
-    return ExecutionResult(ExecutionStatus.INFRA, stderr=reason)
+def _check_ray() -> None:
+    """Raises: SandboxBroken: Ray was shut down, and would start a cluster of its own if it were asked for anything."""
+    if not ray.is_initialized():
+        raise SandboxBroken("the node's sandbox is gone: Ray was shut down")
+
+
+def _cancel(reference: Any) -> None:
+    if ray.is_initialized():
+        ray.cancel(reference)
 
 
 def _line(error: object) -> str:

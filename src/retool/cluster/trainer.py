@@ -72,6 +72,7 @@ class Runner(TaskRunnerV1.__ray_metadata__.modified_class):  # type: ignore[misc
         mode = config.trainer.v1.trainer_mode
         TRAINER_REGISTRY[mode] = type("RecordingTrainer", (Recording, TRAINER_REGISTRY[mode]), {})
         super().run(config)
+        ray.get(self._recorder.flush.remote())
 
 
 class RunnerHere:

@@ -97,8 +97,8 @@ def _set_rng_state(state: torch.Tensor, *args: Any) -> None:
     torch.set_rng_state(state)
 
 
-# Wall: ``get_torch_device().empty_cache()`` and its like, all over verl, do not exist in ``torch.cpu``. The module itself
-# gets them, not a copy of it: verl compares ``get_torch_device() == torch.cpu`` to leave out memory and FLOP figures.
+# Wall: ``get_torch_device().empty_cache()`` and its like, all over verl, do not exist in ``torch.cpu``. The module
+# itself gets them, not a copy of it: verl leaves out memory and FLOP figures where ``get_torch_device() == torch.cpu``.
 for _name, _function in {
     "empty_cache": _nothing,  # after every update and checkpoint
     "memory_allocated": _zero,  # aggressive_empty_cache
@@ -115,7 +115,7 @@ _init_process_group = torch.distributed.init_process_group
 
 
 def _init_without_duplicate(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
-    """Wall: verl asks for ``cpu:gloo,{device}:{backend}``; with the CPU as device, torch refuses the same device twice."""
+    """Wall: verl asks for ``cpu:gloo,{device}:{backend}``, and torch refuses a string that names the CPU twice."""
     _init_process_group("cpu:gloo" if backend == "cpu:gloo,cpu:gloo" else backend, *args, **kwargs)
 
 

@@ -2,8 +2,8 @@
 
 It registers itself *as* ``vllm``, so that a product config with ``actor_rollout_ref.rollout.name=vllm`` runs unchanged.
 ``CPUServer`` answers the calls that verl 0.9.1 makes of ``vLLMHttpServer``, with vLLM's meaning: eos always stops,
-what ends a turn is kept in its tokens, stop and length are both ``completed``, a prompt that leaves no room is an error,
-an unknown sampling parameter too. All requests in flight share ``LocalPolicy``'s batch.
+what ends a turn is kept in its tokens, stop and length are both ``completed``, a prompt that leaves no room is an
+error, an unknown sampling parameter too. All requests in flight share ``LocalPolicy``'s batch.
 
 Two differences remain. ``log_probs`` are those before top-k and top-p (vLLM's ``processed_logprobs`` come after), which
 is the same wherever neither is used. And there is no HTTP endpoint, only the actor's handle.
