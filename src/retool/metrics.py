@@ -399,6 +399,44 @@ SECTIONS: dict[str, dict[str, str]] = {
         "health/<alarm>": "1 in a step in which this alarm was raised (docs/health.md).",
         "timing_s/<part>": "Seconds of wall time that this part of the step took; timing_s/step is the whole.",
     },
+    "Only on the cluster engine (verl's own)": {
+        "training/rollout_actor_probs_pearson_corr": "Correlation of the sampler's and the actor's probabilities of "
+        "the sampled tokens, before any weight changed.",
+        "training/rollout_probs_diff_<mean|max|std>": "Of |sampler's − actor's probability| of those tokens.",
+        "training/rollout_probs_diff_valid": "1 where the two before could be computed.",
+        "rollout_corr/<training|rollout>_<ppl|log_ppl>": "Perplexity of the trajectories, or its logarithm, under the "
+        "actor or the sampler.",
+        "rollout_corr/<kl|k3_kl>": "Sampler from actor: mean log-ratio, or the k3 estimator.",
+        "rollout_corr/<log_ppl_diff|log_ppl_abs_diff|log_ppl_diff_max|log_ppl_diff_min|ppl_ratio>": "Of the two "
+        "perplexities, trajectory by trajectory.",
+        "rollout_corr/chi2_<token|seq>": "χ² of actor and sampler: mean squared ratio − 1, of tokens or sequences.",
+        "rollout_corr/<part>": "What importance weights did (`rl.correction`), as verl counts it.",
+        "actor/loss": "The whole loss: actor/pg_loss and what is added to it.",
+        "<actor|critic>/perf/<part>": "Memory of a training worker in GB.",
+        "critic/loss": "The critic's loss, as critic/vf_loss.",
+        "critic/<rewards|returns|values|advantages>/<mean|max|min>": "Of the batch, tokens without padding; rewards "
+        "with a KL penalty in them.",
+        "response_length_non_aborted/<part>": "As response_length, without empty answers.",
+        "response/aborted_ratio": "Share of empty answers.",
+        "prompt_length/clip_ratio": "Share of prompts as long as the longest of the batch.",
+        "global_seqlen/<part>": "Tokens of each data-parallel rank, before and after balancing.",
+        "training/num_turns/<mean|max|min>": "As num_turns, of the trajectories that were learnt from.",
+        "training/off_policy/<part>/<mean|max|min>": "Over how many versions of the weights a trajectory was sampled, "
+        "and how old they were.",
+        "training/off_policy/evicted_samples": "Groups thrown away because they were too old (asynchronous trainers).",
+        "training/filter_groups/<part>": "Groups that dynamic sampling replaced, or threw away as surplus.",
+        "training/rollout_failure/<part>": "Groups whose trajectories were all lost, and that were drawn again.",
+        "training/<global_step|epoch>": "verl's count of steps, and of passes over the run's data file.",
+        "train/<loss|lr|grad_norm|mfu|global_tokens|total_tokens(B)>": "sft: as the local engine's; share of the GPU's "
+        "peak; tokens of the step; billions of tokens so far.",
+        "perf/mfu/<actor|critic>": "Share of the GPUs' peak arithmetic that training used.",
+        "perf/<time_per_step|total_num_tokens>": "Seconds, and tokens, of the step.",
+        "timing_per_token_ms/<part>": "timing_s of the part by the tokens that it worked on.",
+        "val-aux/num_turns/<max|min>": "As val-aux/num_turns/mean.",
+        "val-aux/<source>/acc_success_only/<name>": "verl's accuracy, lost trajectories left out, as in val-core's.",
+        "val-aux/<source>/reward/<name>": "The reward of the validation's trajectories.",
+        "val-<core|aux>/<source>/acc/<best|worst|maj|std>@<n>/<name>": "verl's bootstrap over a problem's samples.",
+    },
     "Evaluation (summary.json)": {
         "accuracy": "mean@k: mean over problems of the share of right trajectories.",
         "ci95": "[low, high]: 95 % interval of accuracy, percentile bootstrap over problems.",
