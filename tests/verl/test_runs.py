@@ -34,7 +34,7 @@ from retool.types import ExecutionStatus
 
 LIMIT_S = 240.0
 """Of one run; on an idle machine of two cores it takes about a minute, most of it imports."""
-OURS = ("trainer.device", "actor_rollout_ref.rollout.agent.num_workers", "data.num_workers")
+OURS = ("trainer.device", "actor_rollout_ref.rollout.agent.num_workers", "ray_kwargs.ray_init.address")
 """Options of ``cpu.py`` that a recipe's field sets."""
 
 REWARDS = '''
