@@ -400,6 +400,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "timing_s/<part>": "Seconds of wall time that this part of the step took; timing_s/step is the whole.",
     },
     "Only on the cluster engine (verl's own)": {
+        "infra/sandbox_restarts": "How often the nodes' sandboxes have been restarted since this start of the run.",
         "training/rollout_actor_probs_pearson_corr": "Correlation of the sampler's and the actor's probabilities of "
         "the sampled tokens, before any weight changed.",
         "training/rollout_probs_diff_<mean|max|std>": "Of |sampler's − actor's probability| of those tokens.",

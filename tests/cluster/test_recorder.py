@@ -18,6 +18,7 @@ from retool.types import ExecutionResult, StopReason, Trajectory, TrajectoryGrou
 from tests.synthetic import ERROR, OK, code_turn, make_task, make_trajectory
 
 RIGHT, LEFT = make_task(0, "72"), make_task(1, "5")
+RESTARTS = "infra/sandbox_restarts"
 COUNTS = {"grading/hard": 1.0, "grading/timeouts": 0.0}
 
 
@@ -58,9 +59,10 @@ def send(
 
 
 def end_step(recorder: Recorder, step: int, advantages: dict[str, float]) -> dict[str, float]:
-    """With the file, which is written beside the next step."""
+    """With the file, which is written beside the next step; less what the nodes alone know."""
     metrics = recorder.end_step(step, advantages)
     recorder.flush()
+    assert metrics.pop(RESTARTS) == 0.0
     return metrics
 
 
@@ -112,12 +114,16 @@ def test_one_task_drawn_twice_is_two_groups(tmp_path: Path) -> None:
 
 def test_a_group_that_is_lost_whole(tmp_path: Path) -> None:
     recorder, run = recorder_of(tmp_path / "x")
-    groups = [TrajectoryGroup(RIGHT, [], [lost(RIGHT, 0), lost(RIGHT, 1)]), TrajectoryGroup(LEFT, [attempt(LEFT, 0, "5")])]
+    groups = [
+        TrajectoryGroup(RIGHT, [], [lost(RIGHT, 0), lost(RIGHT, 1)]),
+        TrajectoryGroup(LEFT, [attempt(LEFT, 0, "5")]),
+    ]
     send(recorder, groups)
     metrics = end_step(recorder, 1, {})
     assert {k: v for k, v in metrics.items() if not k.startswith("grading/")} == rollout_metrics(groups)
     assert metrics["infra/trajectories"] == 2.0
-    assert [(len(g.trajectories), len(g.infra_failed)) for g in read_groups(run.step_trajectories(1))] == [(0, 2), (1, 0)]
+    found = read_groups(run.step_trajectories(1))
+    assert [(len(g.trajectories), len(g.infra_failed)) for g in found] == [(0, 2), (1, 0)]
 
 
 def test_everything_lost_is_a_step_too(tmp_path: Path) -> None:
@@ -153,6 +159,17 @@ def test_a_step_is_on_the_disk_before_the_next_ones_metrics(tmp_path: Path) -> N
     recorder.flush()
     recorder.flush()
     assert run.trajectory_steps() == [1, 2, 3]
+
+
+def test_restarts_are_those_of_each_node(tmp_path: Path) -> None:
+    """Every worker of a node sees the same ones, some of them later; a node's number never falls."""
+    recorder, _ = recorder_of(tmp_path / "x")
+    seen = [("a", 1), ("a", 2), ("a", 1), ("b", 0), ("c", 3)]
+    for sample, restarts in enumerate(seen):
+        recorder.add("g", 0, attempt(RIGHT, sample, "72"), {}, validation=sample == 4, restarts=restarts)
+    assert recorder.end_step(1, {})[RESTARTS] == 5.0
+    recorder.add("h", 1, attempt(LEFT, 0, "5"), {}, validation=False, restarts=("b", 1))
+    assert recorder.end_step(2, {})[RESTARTS] == 6.0
 
 
 def test_a_disk_that_fails_ends_the_run_a_step_later(tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ def play(cluster: None) -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
 class Worker:
     """Another process of the node, as verl's agent-loop workers are."""
 
-    async def execute(self, code: str, prefix: str = "", session: str = "") -> ExecutionResult:
-        return await NodeSandbox(CONFIG, prefix).execute(code, 20, session=session)
+    async def execute(self, code: str, session: str = "") -> ExecutionResult:
+        return await NodeSandbox(CONFIG).execute(code, 20, session=session)
 
     async def stats(self) -> dict[str, int]:
         return NodeSandbox(CONFIG).stats()
@@ -158,11 +158,11 @@ def test_all_processes_of_a_node_share_one_actor_and_one_pool(play: Any) -> None
     play(scenario())
 
 
-def test_sessions_keep_their_state_and_prefixes_keep_them_apart(play: Any) -> None:
+def test_sessions_keep_their_state(play: Any) -> None:
     async def scenario() -> None:
-        one, two = NodeSandbox(CONFIG, "a"), NodeSandbox(CONFIG, "ab")
+        one, two = NodeSandbox(CONFIG), NodeSandbox(CONFIG)
         assert (await one.execute("x = 1", 20, session="bc")).status is OK
-        assert (await two.execute("x = 2", 20, session="c")).status is OK  # "a" + "bc" is "ab" + "c"
+        assert (await two.execute("x = 2", 20, session="c")).status is OK
         assert (await one.execute("print(x)", 20, session="bc")).stdout == "1\n"
         assert (await two.execute("print(x)", 20, session="c")).stdout == "2\n"
         assert (await one.execute("print(x)", 20)).status is ERROR
@@ -178,7 +178,7 @@ def test_sessions_keep_their_state_and_prefixes_keep_them_apart(play: Any) -> No
 
 def test_a_killed_process_makes_infra_of_its_calls_and_of_nothing_else(play: Any) -> None:
     async def scenario() -> None:
-        sandbox = NodeSandbox(CONFIG, "t")
+        sandbox = NodeSandbox(CONFIG)
         assert (await sandbox.execute("print(1)", 20)).status is OK
         pool = _traces()
         assert (await sandbox.execute("x = 1", 20, session="s")).status is OK

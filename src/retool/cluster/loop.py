@@ -13,7 +13,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
 from retool.cluster.data import EVAL, task_of
 from retool.cluster.policy import ServerPolicy
 from retool.cluster.recorder import NAME
-from retool.cluster.sandbox import open_node_sandbox
+from retool.cluster.sandbox import NodeSandbox, open_node_sandbox
 from retool.config import Recipe, make_recipe
 from retool.errors import InfraError
 from retool.formats import make_format
@@ -78,7 +78,15 @@ class TrajectoryLoop(AgentLoopBase):  # type: ignore[misc]
             step=int(row["global_steps"]),
         )
         counts = await _grade(shared, trajectory)
-        await shared.recorder.add.remote(uid, int(row["index"]), trajectory, counts, validation=validation)
+        seen = shared.sandbox.stats() if isinstance(shared.sandbox, NodeSandbox) else {}
+        await shared.recorder.add.remote(
+            uid,
+            int(row["index"]),
+            trajectory,
+            counts,
+            validation=validation,
+            restarts=(_node(), seen.get("restarts", 0)),
+        )
         if trajectory.stop_reason is StopReason.INFRA:
             if self.config.algorithm.filter_groups.enable and not validation:
                 raise InfraError(f"task {task.id}, sample {trajectory.sample}: lost to the infrastructure")
@@ -122,6 +130,11 @@ class _Named:
 
     async def close(self) -> None:
         """The node's sandbox outlives the trajectory."""
+
+
+def _node() -> str:
+    name: str = ray.get_runtime_context().get_node_id()
+    return name
 
 
 async def _grade(shared: Shared, trajectory: Trajectory) -> dict[str, float]:

@@ -38,6 +38,7 @@ class Recorder:
         self._trained: dict[str, list[tuple[int, Trajectory]]] = {}
         self._validated: dict[str, list[tuple[int, Trajectory]]] = {}
         self._counts: Counter[str] = Counter()
+        self._restarts: dict[str, int] = {}
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[Path] | None = None
 
@@ -45,7 +46,14 @@ class Recorder:
         return self._tree
 
     def add(
-        self, uid: str, place: int, trajectory: Trajectory, counts: Mapping[str, float], *, validation: bool
+        self,
+        uid: str,
+        place: int,
+        trajectory: Trajectory,
+        counts: Mapping[str, float],
+        *,
+        validation: bool,
+        restarts: tuple[str, int] = ("", 0),
     ) -> None:
         """Take a graded trajectory.
 
@@ -53,7 +61,10 @@ class Recorder:
             uid: verl's name for the group.
             place: the task's row in the data, by which groups are put in order.
             counts: of its grading, to be summed over the step.
+            restarts: the node, and how often its sandbox has been restarted as far as the worker knows.
         """
+        node, number = restarts
+        self._restarts[node] = max(number, self._restarts.get(node, 0))
         kept = self._validated if validation else self._trained
         kept.setdefault(uid, []).append((place, trajectory))
         if not validation:
@@ -72,6 +83,7 @@ class Recorder:
         groups = _groups(self._trained)
         self._trained = {}
         metrics = rollout_metrics(groups) | dict(self._counts)
+        metrics["infra/sandbox_restarts"] = float(sum(self._restarts.values()))
         self._counts = Counter()
         self.flush()
         self._writing = self._writer.submit(self._folder.write_step, step, groups)

@@ -296,21 +296,19 @@ def _station_of(config: SandboxConfig) -> Station:
 
 
 class NodeSandbox(OneLoopSandbox):
-    """The node's sandbox as one trajectory sees it (``retool.protocols.Sandbox``); it costs nothing to make.
+    """The node's sandbox as a worker process sees it (``retool.protocols.Sandbox``).
 
     A fault of the actor is ``ExecutionStatus.INFRA``, returned when the actor answers again (or after a minute). A
     session that was in use when the actor died answers INFRA until it is released: to go on in a fresh interpreter
     would be another program. Use it from one event loop.
 
     Args:
-        prefix: put before the names of sessions, e.g. a trajectory's unique id.
         station: another connection than the event loop's own.
     """
 
-    def __init__(self, config: SandboxConfig, prefix: str = "", *, station: Station | None = None) -> None:
+    def __init__(self, config: SandboxConfig, *, station: Station | None = None) -> None:
         super().__init__()
         self._config = config
-        self._prefix = f"{len(prefix)}:{prefix}"  # no two pairs of prefix and session have one name
         self._given_station = station
         self._running: set[Any] = set()
         self._lives: dict[str, str] = {}
@@ -339,7 +337,7 @@ class NodeSandbox(OneLoopSandbox):
             RuntimeError: closed, or used from another event loop.
         """
         self._check_use()
-        request = ExecutionRequest(code, timeout_s, session=self._prefix + session if session else "")
+        request = ExecutionRequest(code, timeout_s, session=session)
         counts = self._station.counts
         counts["calls"] += 1
         held = self._lives.setdefault(session, "") if session else ""
@@ -352,7 +350,7 @@ class NodeSandbox(OneLoopSandbox):
     def release(self, session: str) -> None:
         """End a session's interpreter; unknown sessions are ignored."""
         if self._lives.pop(session, None) is not None:
-            self._station.release(self._prefix + session)
+            self._station.release(session)
 
     async def close(self) -> None:
         """Kill what this client still runs (its callers get INFRA), and end its sessions; the pool lives on."""
