@@ -9,10 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,25 +17,23 @@ from typing import Any
 from retool.cluster.data import EVAL, TRAIN, with_room, write_tasks
 from retool.cluster.main import TOKEN, compose
 from retool.cluster.options import CONFIGS, Job, model_path, notes_of, overrides_of
-from retool.cluster.watch import NAMES, Watch, last_error
+from retool.cluster.state import export, resume_point
+from retool.cluster.watch import NAMES, Watch
 from retool.config import Recipe
 from retool.data.sets import is_hub_name
 from retool.data.sources import open_source
-from retool.errors import ConfigError, DataError, InfraError, UserError
+from retool.errors import ConfigError, DataError, UserError
 from retool.formats import make_format
 from retool.formats.chat import ChatFormat
 from retool.formats.tokenizer import load_tokenizer
 from retool.grading.rewards import find_reward
 from retool.progress import Progress
-from retool.store import RunFolder, seal, write_directory
 from retool.store.resume import RunLock, begin_run, find_run, refuse_changes
 from retool.trackers import check_trackers
 
 VERL = "0.9."
 """The versions that this engine is written for and tested with."""
 CONNECT_S = 5.0
-LATEST = "latest_checkpointed_iteration.txt"
-"""verl's: the number of the last step that was saved whole."""
 EXTRA_ROUNDS = 3
 """Rows for dynamic sampling, as a multiple of what a run without it needs; after them verl begins the file anew."""
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -66,8 +61,8 @@ def run(recipe: Recipe, *, job: str, extra: Sequence[str] = (), progress: Progre
     check_address(recipe)
     with RunLock(recipe) as lock:
         earlier = find_run(recipe, name, engine="verl")
-        done = saved_step(what.state) if earlier and job != "evaluate" else 0
-        if earlier and done:
+        done = 0
+        if earlier and job != "evaluate" and (done := resume_point(what.state, earlier, progress.line)):
             refuse_changes(earlier, recipe, name)
         fmt = make_format(recipe.rollout, load_tokenizer(recipe.model.tokenizer or model_path(recipe)))
         write = read_data(what, fmt, progress.line)
@@ -115,10 +110,15 @@ def check_model(recipe: Recipe) -> None:
 
 
 def check_address(recipe: Recipe) -> None:
-    """Raises ConfigError: nothing answers where Ray should be."""
+    """Raises ConfigError: nothing answers where Ray should be, or several nodes are asked for and no Ray is named."""
     address, field = recipe.cluster.address, "cluster.address"
     if not address:
         address, field = os.environ.get("RAY_ADDRESS", ""), "RAY_ADDRESS"
+    if not address and recipe.cluster.nodes > 1:
+        raise ConfigError(
+            f"cluster.nodes = {recipe.cluster.nodes}: a Ray of the run's own has this machine only; start Ray on all "
+            "of them, and give cluster.address = HEAD:6379"
+        )
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal():
         return
@@ -129,14 +129,6 @@ def check_address(recipe: Recipe) -> None:
             f"{field} = {address!r}: no Ray answers there ({error.strerror or error}); start one with "
             "'ray start --head', or leave it empty for a Ray of the run's own"
         ) from None
-
-
-def saved_step(state: Path) -> int:
-    """The last step that verl saved whole; 0 where there is none."""
-    try:
-        return int((state / LATEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return 0
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -178,41 +170,3 @@ def read_data(job: Job, fmt: ChatFormat, complain: Callable[[str], None]) -> Cal
         return steps
 
     return write
-
-
-# --- what is kept -----------------------------------------------------------------------------------------------------
-
-
-def export(job: Job, folder: RunFolder, steps: int) -> None:
-    """verl's last state as a model in Hugging Face layout, in ``checkpoints/`` (verl's merger, which writes bfloat16),
-    and the summary.
-
-    Raises:
-        InfraError: the merger failed; verl's state is as it was.
-    """
-    step = saved_step(job.state)
-    path = folder.checkpoint_path(step)
-    if not step:
-        raise InfraError(f"verl saved no step in {job.state}; its output is in {job.state / 'log.txt'}")
-    if step not in folder.checkpoint_steps():
-        source = job.state / f"global_step_{step}"
-        source = source / "actor" if job.name == "rl" else source
-        with write_directory(path) as aside:
-            merge(source, aside)
-            seal(aside)
-    if not folder.summary():
-        folder.write_summary({"steps": steps, "checkpoint": str(path), "engine": "verl"})
-
-
-def merge(source: Path, target: Path) -> None:
-    """verl's sharded state ``source`` as one model in ``target``."""
-    command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
-    command += ["--local_dir", str(source), "--target_dir", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        reason = last_error(done.stdout + done.stderr) or f"exit code {done.returncode}"
-        raise InfraError(f"verl's merger failed on {source}: {reason}")
-    # what the merger does not bring along
-    for file in (source / "huggingface").glob("*.jinja"):
-        if not (target / file.name).exists():
-            shutil.copy(file, target / file.name)

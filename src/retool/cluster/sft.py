@@ -29,6 +29,7 @@ from retool.cluster.options import (
     options_of,
     same,
 )
+from retool.cluster.state import saved_step
 from retool.config import Recipe
 from retool.data.conversations import Encoded, encode
 from retool.data.sources import open_source
@@ -36,8 +37,6 @@ from retool.errors import ConfigError, DataError
 from retool.formats.chat import ChatFormat
 from retool.store import write_file
 
-TRACKER = "latest_checkpointed_iteration.txt"
-"""verl's: the number of the last step that was saved whole."""
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -259,11 +258,8 @@ def begin_epoch_anew(job: Job) -> None:
     That loader counts as being in the epoch that it has gone through, while the trainer goes on with the next one: it
     would get no batch of it, and the run would end an epoch short of its steps, without its last checkpoint.
     """
-    try:
-        step = int((job.state / TRACKER).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return
-    if (epoch := _epoch(job)) and step % epoch == 0:
+    step, epoch = saved_step(job.state), _epoch(job)
+    if step and epoch and step % epoch == 0:
         for file in (job.state / f"global_step_{step}").glob("data_*.pt"):
             file.unlink()
 
@@ -285,12 +281,8 @@ def _torchrun(job: Job, overrides: Sequence[str]) -> None:
 
 
 def _on_ray(recipe: Recipe, config: Any) -> None:
-    address = recipe.cluster.address or os.environ.get("RAY_ADDRESS")
-    if not address:
-        raise ConfigError(
-            f"cluster.nodes = {recipe.cluster.nodes}: start Ray on them, and give cluster.address = HOST:6379"
-        )
-    os.environ["RAY_ADDRESS"] = address  # verl starts Ray without saying where
+    if recipe.cluster.address:
+        os.environ["RAY_ADDRESS"] = recipe.cluster.address  # verl starts Ray without saying where
     from verl.trainer.sft_trainer_ray import run_sft
     from verl.utils.device import auto_set_device
 
