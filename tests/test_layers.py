@@ -61,7 +61,7 @@ TABLE: dict[str, Row] = {
         "rollout",
         "health",
         "trackers",
-        packages="torch verl ray hydra omegaconf transfer_queue psutil pyarrow",
+        packages="torch transformers peft verl ray hydra omegaconf transfer_queue psutil pyarrow",
     ),
     "collect": row(4, *GROUND, *MIDDLE, *LEARNING),
     "update": row(4, *GROUND, "metrics", "algo", "engine", packages="torch"),

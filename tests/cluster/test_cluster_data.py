@@ -114,7 +114,7 @@ def test_a_prompt_that_fills_the_context_is_left_out_and_counted(tools: bool) ->
     said: list[str] = []
     tasks = [over, short, full, fits, over, short]
     assert with_room(tasks, FMT, config, said.append) == [short, fits, short]
-    assert len(said) == 1 and said[0].startswith("2 of 4 tasks have prompts of ") and said[0].endswith(": left out")
+    assert len(said) == 1 and said[0].startswith("2 of 4 prompts fill all of rollout.max_context")
     assert str(config.max_context) in said[0]
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from retool.cluster import process
 from retool.cluster.process import Child
 
 LIMIT_S = 20.0
@@ -52,16 +51,9 @@ def place(tmp_path: Path) -> Iterator[Path]:
             left.kill()
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The times that processes get to end by themselves are constants of the module."""
-    monkeypatch.setattr(process, "GRACE_S", 0.5)
-    monkeypatch.setattr(process, "KILL_S", 5.0)
-
-
 def child_of(place: Path, body: str, **environment: str) -> Child:
     (place / "program.py").write_text(HELPERS.format(place=str(place)) + textwrap.dedent(body))
-    return Child([str(place / "program.py")], environment, place / "log.txt")
+    return Child([str(place / "program.py")], environment, place / "log.txt", grace_s=0.5, kill_s=5.0)
 
 
 def until(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
@@ -145,7 +137,6 @@ def test_a_child_that_ends_is_not_waited_for(place: Path) -> None:
     assert time.monotonic() - started < 5  # far below GRACE_S
 
 
-@pytest.mark.usefixtures("short")
 def test_children_of_the_child_end_with_the_block(place: Path) -> None:
     body = """
         fork("pid-one", daemon)
@@ -159,7 +150,6 @@ def test_children_of_the_child_end_with_the_block(place: Path) -> None:
     assert child.poll() == 0
 
 
-@pytest.mark.usefixtures("short")
 def test_one_whose_parent_has_gone_ends_too(place: Path) -> None:
     """A daemon in a session of its own, which belongs to the init process by the time that the block is left."""
     body = """
@@ -179,8 +169,6 @@ def test_one_whose_parent_has_gone_ends_too(place: Path) -> None:
     assert alive(place, "pid-daemon") is None
 
 
-@pytest.mark.xfail(strict=True, reason="Child: a daemon whose parent ended between two polls is not found")
-@pytest.mark.usefixtures("short")
 def test_one_that_nobody_saw_ends_too(place: Path) -> None:
     body = """
         fork("pid-between", lambda: fork("pid-daemon", daemon))
@@ -195,7 +183,6 @@ def test_one_that_nobody_saw_ends_too(place: Path) -> None:
     assert alive(place, "pid-daemon") is None
 
 
-@pytest.mark.usefixtures("short")
 def test_those_of_a_child_that_crashed_end_too(place: Path) -> None:
     """Its children are the init process's then."""
     body = """
@@ -212,7 +199,6 @@ def test_those_of_a_child_that_crashed_end_too(place: Path) -> None:
     assert alive(place, "pid-daemon") is None
 
 
-@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_exception_ends_them_and_goes_on(error: type[BaseException], place: Path) -> None:
     with (
@@ -224,7 +210,6 @@ def test_an_exception_ends_them_and_goes_on(error: type[BaseException], place: P
     assert not alive(place, "pid-child") and not alive(place, "pid-daemon")
 
 
-@pytest.mark.usefixtures("short")
 def test_a_child_that_listens_to_nothing_is_killed(place: Path) -> None:
     started = time.monotonic()
     with child_of(place, "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('pid-child'); time.sleep(600)") as child:
@@ -234,7 +219,6 @@ def test_a_child_that_listens_to_nothing_is_killed(place: Path) -> None:
     assert 1.0 <= time.monotonic() - started < 10  # it had its time
 
 
-@pytest.mark.usefixtures("short")
 def test_a_stopped_child_is_killed_too(place: Path) -> None:
     with child_of(place, "note('pid-child'); os.kill(os.getpid(), signal.SIGSTOP)") as child:
         until(lambda: (place / "pid-child").exists())
@@ -245,7 +229,6 @@ def test_a_stopped_child_is_killed_too(place: Path) -> None:
     assert child.poll() == -signal.SIGKILL
 
 
-@pytest.mark.usefixtures("short")
 def test_others_are_left_alone(place: Path) -> None:
     """A process of ours that the child did not start, in the same group as we are."""
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

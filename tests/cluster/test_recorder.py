@@ -224,12 +224,19 @@ def test_an_evaluation_that_lost_everything_is_no_accuracy_of_zero(tmp_path: Pat
     assert len(group.infra_failed) == 1
 
 
+def test_a_validation_by_verls_own_loop_has_no_metrics_of_ours(tmp_path: Path) -> None:
+    recorder, run = recorder_of(tmp_path / "x", "evaluate")
+    assert recorder.end_validation(0) == {}
+    assert run.summary() == {} and run.eval_labels() == []
+
+
 def test_workers_get_the_recipe_with_its_secret_and_the_folder_does_not(tmp_path: Path) -> None:
     recipe = recipe_of(sandbox={"token": "s3cret", "url": "http://a:1"})
     run = RunFolder(tmp_path / "x")
     run.write_config(recipe)
-    recorder = Recorder(secret_tree(recipe), str(run.path), "rl")
-    tree = recorder.recipe()
+    recorder = Recorder(secret_tree(recipe), str(run.path), "rl", "/typed/here")
+    tree, here = recorder.told()
+    assert here == "/typed/here"
     assert make_recipe(tree) == recipe
     assert json.loads(json.dumps(tree)) == tree  # plain: it travels through Ray
     end_step(recorder, 1, {})

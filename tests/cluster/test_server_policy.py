@@ -16,7 +16,6 @@ from retool.cluster.policy import ServerPolicy
 from retool.config import RolloutConfig
 from retool.formats import make_format
 from retool.formats.chat import ChatFormat
-from retool.protocols import Policy
 from retool.rollout import Rollout, run_trajectory
 from retool.types import Finish, SamplingParams, StopReason, Task, TokenOutput, Trajectory
 from tests.fakes import ScriptedPolicy, ScriptedSandbox, tiny_tokenizer
@@ -246,9 +245,9 @@ def falling() -> Any:
         yield value
 
 
-def roll(policy: Policy, fmt: ChatFormat, **changes: Any) -> Trajectory:
-    config = RolloutConfig(
-        **{"format": "hermes", "max_response_tokens": 2000, "max_context": 5000, "max_turns": 5,
+def roll(policy: Any, fmt: ChatFormat, **changes: Any) -> Trajectory:
+    config = RolloutConfig.model_validate(
+        {"format": "hermes", "max_response_tokens": 2000, "max_context": 5000, "max_turns": 5,
            "max_observation_tokens": 100} | changes
     )  # fmt: skip
     sandbox = ScriptedSandbox(lambda code, count: {"2+2": "4\n"}.get(code, f"ran {code}"))

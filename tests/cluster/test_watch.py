@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from retool.cluster.options import Job, command_of
-from retool.cluster.watch import Lines, Watch, last_error, numbers_of
+from retool.cluster.option import Job
+from retool.cluster.options import command_of
+from retool.cluster.process import last_error
+from retool.cluster.watch import Lines, Watch, numbers_of
 from retool.config import make_recipe
 from retool.errors import HealthError, InfraError, UserError
 from retool.progress import Progress

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from retool.cluster.main import compose
-from retool.cluster.options import CONFIGS, Job, overrides_of
+from retool.cluster.option import CONFIGS, Job
+from retool.cluster.options import overrides_of
 from retool.config import SHIPPED_RECIPES, load_recipe
 from retool.errors import ConfigError
 
@@ -83,7 +84,11 @@ def test_an_algorithm_is_what_verl_builds(algorithm: str) -> None:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
-    overrides = (f"rl.algorithm={algorithm}", "rl.kl.place=loss", "model.path=nano")  # a critic's config reads the model's
+    overrides = (
+        f"rl.algorithm={algorithm}",
+        "rl.kl.place=loss",
+        "model.path=nano",
+    )  # a critic's config reads the model's
     config = composed(Path("qwen2.5-7b/grpo.toml"), *overrides)
     critic = need_critic(config)
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=critic)

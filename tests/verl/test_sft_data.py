@@ -30,7 +30,8 @@ from verl.workers.utils.losses import sft_loss
 
 from retool.algo.batch import Sample
 from retool.cluster.main import compose
-from retool.cluster.options import CONFIGS, Job, overrides_of
+from retool.cluster.option import CONFIGS, Job
+from retool.cluster.options import overrides_of
 from retool.cluster.sft import prepare, steps_per_epoch, train_sft
 from retool.cluster.sft_dataset import ConversationDataset
 from retool.config import OptimConfig, make_recipe, recipe_toml

@@ -78,5 +78,5 @@ def with_room(
     if not kept:
         raise DataError(f"rollout.max_context = {config.max_context}: no prompt leaves room for an answer; raise it")
     if left_out := len(fits) - sum(fits.values()):
-        complain(f"{left_out} of {len(fits)} tasks have prompts of over {config.max_context} tokens: left out")
+        complain(f"{left_out} of {len(fits)} prompts fill all of rollout.max_context = {config.max_context}: left out")
     return kept

@@ -16,7 +16,9 @@ from typing import Any
 
 from retool.cluster.data import EVAL, TRAIN, with_room, write_tasks
 from retool.cluster.main import TOKEN, compose
-from retool.cluster.options import CONFIGS, Job, model_path, notes_of, overrides_of
+from retool.cluster.option import CONFIGS, Job, model_path
+from retool.cluster.options import overrides_of
+from retool.cluster.refusals import notes_of
 from retool.cluster.state import export, resume_point
 from retool.cluster.watch import NAMES, Watch
 from retool.config import Recipe
@@ -55,10 +57,10 @@ def run(recipe: Recipe, *, job: str, extra: Sequence[str] = (), progress: Progre
     path, name = Path(recipe.run.out) / recipe.run.name, NAMES[job]
     what = Job(job, recipe, path.resolve())
     overrides = overrides_of(what, extra)
-    check_verl()
-    compose(overrides, CONFIGS[job])
     check_model(recipe)
     check_address(recipe)
+    check_verl()
+    compose(overrides, CONFIGS[job])
     with RunLock(recipe) as lock:
         earlier = find_run(recipe, name, engine="verl")
         done = 0
@@ -119,6 +121,8 @@ def check_address(recipe: Recipe) -> None:
             f"cluster.nodes = {recipe.cluster.nodes}: a Ray of the run's own has this machine only; start Ray on all "
             "of them, and give cluster.address = HEAD:6379"
         )
+    if "://" in address:
+        raise ConfigError(f"{field} = {address!r}: Ray Client cannot carry a run; give the head's HOST:6379")
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal():
         return

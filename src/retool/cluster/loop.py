@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,10 @@ async def _open(tokenizer: Any) -> Shared:
     async with _opening:
         if not _shared:
             recorder = ray.get_actor(NAME)
-            recipe = make_recipe(await recorder.recipe.remote())
+            tree, here = await recorder.told.remote()
+            if here and here not in sys.path:
+                sys.path.insert(0, here)
+            recipe = make_recipe(tree)
             sandbox = await open_node_sandbox(recipe.sandbox) if recipe.rollout.tools else None
             fmt = make_format(recipe.rollout, tokenizer)
             _shared.append(Shared(recipe, recorder, fmt, sandbox, asyncio.Lock()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,24 +15,41 @@ from typing import IO
 
 import psutil
 
+from retool.sandbox.kernel import set_subreaper
+
 GRACE_S = 30.0
 """What Ray's processes get to end by themselves."""
 KILL_S = 10.0
+"""And then, once they have been told to."""
+ERROR_LINE = re.compile(r"(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)(?:\(\w+\))?: .+")
+NOISE = re.compile(r"\x1b\[[\d;]*m|^\s*\([^()]*pid=[^()]*\)\s*")
+"""Colours, and Ray's name of the worker that printed a line."""
 
 
 class Child:
     """``python -m …`` in a session of its own: Ctrl-C on the terminal reaches whoever started it, not it. Leaving the
-    ``with`` block ends it and every process that descends from it, however it came to that.
+    ``with`` block ends it and every process that descends from it, however it came to that: while it is open, orphans
+    come to this process.
 
     Its standard input stays open until then, and it is expected to end when that ends: so it does not outlive a parent
     that was killed either.
     """
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        grace_s: float = GRACE_S,
+        kill_s: float = KILL_S,
+    ) -> None:
         self._arguments, self._environment, self._log = list(arguments), dict(environment), log
-        self._descendants: dict[int, psutil.Process] = {}
+        self._grace_s, self._kill_s = grace_s, kill_s
 
     def __enter__(self) -> Child:
+        set_subreaper(True)
+        self._others = {process.pid for process in psutil.Process().children(recursive=True)}
         with self._log.open("ab") as log:
             self._process: subprocess.Popen[bytes] = subprocess.Popen(
                 [sys.executable, *self._arguments],
@@ -41,50 +59,46 @@ class Child:
                 env=os.environ | self._environment,
                 start_new_session=True,
             )
-        self._me = psutil.Process(self._process.pid)
         return self
 
     def poll(self) -> int | None:
         """Its exit code; None while it runs."""
-        self._notice()
         return self._process.poll()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._notice()
         pipe: IO[bytes] | None = self._process.stdin
         if pipe is not None:
             with contextlib.suppress(OSError):
                 pipe.close()  # the child takes that for SIGTERM
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(GRACE_S)
-        self._end_rest()
+        self._wait(self._grace_s)
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            for process in self._alive():
+                with contextlib.suppress(psutil.Error):
+                    end(process)  # psutil makes sure that the number still means this process
+            self._wait(self._kill_s)
+        set_subreaper(False)
 
-    def _notice(self) -> None:
-        """Remember the child's descendants: one whose parent ends would be found no more."""
-        with contextlib.suppress(psutil.Error):
-            for process in [self._me, *self._me.children(recursive=True)]:
-                self._descendants.setdefault(process.pid, process)
-        for process in list(self._descendants.values()):
-            with contextlib.suppress(psutil.Error):
-                for other in process.children(recursive=True):
-                    self._descendants.setdefault(other.pid, other)
-
-    def _end_rest(self) -> None:
-        deadline = time.monotonic() + GRACE_S
+    def _wait(self, seconds: float) -> None:
+        """Until all are gone, or the time is."""
+        deadline = time.monotonic() + seconds
         while self._alive() and time.monotonic() < deadline:
             time.sleep(0.1)
-        deadline = time.monotonic() + KILL_S
-        while (rest := self._alive()) and time.monotonic() < deadline:
-            for process in rest:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()  # psutil makes sure that the number still means this process
-            time.sleep(0.1)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(KILL_S)
 
     def _alive(self) -> list[psutil.Process]:
         self._process.poll()
-        self._notice()
-        return [p for p in self._descendants.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.pid not in self._others and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+
+def last_error(text: str) -> str:
+    """The last line of a program's output that names an exception; empty where none does."""
+    for line in reversed(text.splitlines()):
+        if match := ERROR_LINE.search(NOISE.sub("", line).strip()):
+            return match.group()[:300]
+    return ""

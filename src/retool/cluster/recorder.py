@@ -27,14 +27,15 @@ class Recorder:
     """The actor's body: plain Python, so that a test needs no Ray.
 
     Args:
-        recipe: the recipe as a tree, secrets included; workers ask for it here.
+        recipe: as a tree, secrets included; workers ask for it here.
         folder: the run folder.
         job: ``rl`` or ``evaluate``.
+        here: where the command was typed; a user's own modules are looked for there.
     """
 
-    def __init__(self, recipe: Mapping[str, Any], folder: str, job: str) -> None:
+    def __init__(self, recipe: Mapping[str, Any], folder: str, job: str, here: str = "") -> None:
         self._tree, self._recipe, self._job = dict(recipe), make_recipe(dict(recipe)), job
-        self._folder = RunFolder.open(folder)
+        self._folder, self._here = RunFolder.open(folder), here
         self._trained: dict[str, list[tuple[int, Trajectory]]] = {}
         self._validated: dict[str, list[tuple[int, Trajectory]]] = {}
         self._counts: Counter[str] = Counter()
@@ -42,8 +43,9 @@ class Recorder:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[Path] | None = None
 
-    def recipe(self) -> dict[str, Any]:
-        return self._tree
+    def told(self) -> tuple[dict[str, Any], str]:
+        """``recipe`` and ``here``."""
+        return self._tree, self._here
 
     def add(
         self,
@@ -109,6 +111,8 @@ class Recorder:
         written too."""
         groups, config = _groups(self._validated), self._recipe.eval
         self._validated = {}
+        if not groups:  # another agent loop than ours
+            return {}
         if self._job == "evaluate":
             self._folder.write_eval("model", groups)
             summary = evaluation_summary(groups, config.k, config.bootstrap, self._recipe.run.seed)

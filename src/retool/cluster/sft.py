@@ -16,19 +16,8 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from retool.cluster.options import (
-    CONFIGS,
-    REFUSED,
-    Job,
-    Option,
-    Refusal,
-    chosen,
-    hydra_value,
-    model,
-    optimiser,
-    options_of,
-    same,
-)
+from retool.cluster.option import CONFIGS, Job, Option, chosen, hydra_value, lora, model, optimiser, same
+from retool.cluster.refusals import REFUSED_EVAL, Refusal
 from retool.cluster.state import saved_step
 from retool.config import Recipe
 from retool.data.conversations import Encoded, encode
@@ -115,6 +104,7 @@ SFT: tuple[Option, ...] = (
     chosen("data.num_workers", 0),  # the tokens are in the memory already
     # the model
     *model("model"),
+    *lora("model"),
     chosen("engine.strategy", "fsdp2"),
     same("engine.ulysses_sequence_parallel_size", "cluster.sequence_parallel"),
     same("engine.param_offload", "cluster.offload"),
@@ -141,12 +131,11 @@ OF_DATA = ("data.val_files", "trainer.total_training_steps", "trainer.total_epoc
 """Those whose value is known only when the data are there."""
 
 REFUSED_SFT: tuple[Refusal, ...] = (
-    ("run.deterministic", lambda job: job.recipe.run.deterministic, "verl does not promise that; set it to false"),
-    *REFUSED[1:3],
+    *REFUSED_EVAL,
     (
-        "model.lora.rank",
-        lambda job: job.recipe.model.lora.rank > 0,
-        "verl's merger leaves the adapter apart from the model; set it to 0",
+        "model.lora.dropout",
+        lambda job: job.recipe.model.lora.dropout > 0,
+        "verl has none such; set it to 0",
     ),
     ("sft.optim.name", lambda job: job.recipe.sft.optim.name != "adamw", "verl has no Muon; set it to 'adamw'"),
     (
@@ -247,7 +236,7 @@ def train_sft(recipe: Recipe, folder: Path, overrides: Sequence[str]) -> None:
 
 def settled(job: Job, overrides: Sequence[str]) -> list[str]:
     """The overrides with what is known now that the data are there."""
-    known = {option.key: f"{option.key}={hydra_value(value)}" for option, value in options_of(job)}
+    known = {option.key: f"{option.key}={hydra_value(option.get(job))}" for option in SFT if option.key in OF_DATA}
     kept = [override for override in overrides if override.partition("=")[0] not in OF_DATA]
     return [*kept, *(known[key] for key in OF_DATA)]
 

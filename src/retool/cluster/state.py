@@ -9,14 +9,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from retool.cluster.options import Job
-from retool.cluster.watch import last_error
+from retool.cluster.option import Job
+from retool.cluster.process import last_error
 from retool.errors import InfraError
 from retool.store import RunFolder, seal, write_directory, write_file
 from retool.store.checkpoints import remove
 
 LATEST = "latest_checkpointed_iteration.txt"
 """verl's: the number of the last step that was saved whole."""
+ADAPTER = "lora_adapter"
+"""Where verl's merger leaves an adapter, beside the model that it was trained on."""
 STEP = re.compile(r"global_step_(\d+)")
 
 
@@ -63,7 +65,7 @@ def export(job: Job, folder: RunFolder, steps: int) -> None:
         with write_directory(path) as aside:
             merge(source, aside)
             seal(aside)
-    if not folder.summary():
+    if folder.summary().get("checkpoint") != str(path):
         folder.write_summary({"steps": steps, "checkpoint": str(path), "engine": "verl"})
 
 
@@ -75,7 +77,20 @@ def merge(source: Path, target: Path) -> None:
     if done.returncode:
         reason = last_error(done.stdout + done.stderr) or f"exit code {done.returncode}"
         raise InfraError(f"verl's merger failed on {source}: {reason}")
+    if (target / ADAPTER).is_dir():
+        _merge_adapter(target)
     # what the merger does not bring along
     for file in (source / "huggingface").glob("*.jinja"):
         if not (target / file.name).exists():
             shutil.copy(file, target / file.name)
+
+
+def _merge_adapter(folder: Path) -> None:
+    """Put the adapter in ``folder`` into the model beside it; the adapter stays."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    PeftModel.from_pretrained(base, folder / ADAPTER).merge_and_unload().save_pretrained(folder)

@@ -61,9 +61,9 @@ def learnt_from(batch: Any) -> tuple[dict[str, float], dict[str, float]]:
 class Runner(TaskRunnerV1.__ray_metadata__.modified_class):  # type: ignore[misc]
     """verl's own task runner, whose trainer records."""
 
-    def __init__(self, recipe: dict[str, Any], folder: str, job: str) -> None:
+    def __init__(self, *recording: Any) -> None:
         super().__init__()
-        self._recording = recipe, folder, job
+        self._recording = recording
 
     def run(self, config: Any) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -71,15 +71,17 @@ class Runner(TaskRunnerV1.__ray_metadata__.modified_class):  # type: ignore[misc
         self._recorder = recorder.remote(*self._recording)
         mode = config.trainer.v1.trainer_mode
         TRAINER_REGISTRY[mode] = type("RecordingTrainer", (Recording, TRAINER_REGISTRY[mode]), {})
-        super().run(config)
-        ray.get(self._recorder.flush.remote())
+        try:
+            super().run(config)
+        finally:
+            ray.get(self._recorder.flush.remote())
 
 
 class RunnerHere:
     """What ``run_ppo`` takes for a task runner's class: an actor on this node, where the run folder is."""
 
     def __init__(self, recipe: Recipe, folder: Path, job: str) -> None:
-        self._arguments = secret_tree(recipe), str(folder.resolve()), job
+        self._arguments = secret_tree(recipe), str(folder.resolve()), job, os.getcwd()
 
     def remote(self) -> Any:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

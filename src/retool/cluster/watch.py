@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from retool.cluster.main import ERROR
-from retool.cluster.options import Job, command_of
-from retool.cluster.process import Child
+from retool.cluster.option import Job
+from retool.cluster.options import command_of
+from retool.cluster.process import Child, last_error
 from retool.errors import HealthError, InfraError, UserError
 from retool.health import Monitor
 from retool.metrics import figures
@@ -24,9 +25,6 @@ POLL_S = 0.3
 LABELS = {"sft": "SFT", "rl": "RL", "evaluate": "evaluation"}
 NAMES = {"sft": "sft", "rl": "rl", "evaluate": "eval"}
 """What the run folder calls a job."""
-ERROR_LINE = re.compile(r"(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)(?:\(\w+\))?: .+")
-NOISE = re.compile(r"\x1b\[[\d;]*m|^\s*\([^()]*pid=[^()]*\)\s*")
-"""Colours, and Ray's name of the worker that printed a line."""
 
 
 class Lines:
@@ -120,9 +118,8 @@ class Watch:
             raise HealthError(f"{fatal.line}. The run ends here; its state is in {self._job.state}")
 
     def _failure(self, code: int, log_start: int) -> Exception:
-        told = self._job.state / ERROR
-        if told.exists():
-            error = json.loads(told.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError):
+            error = json.loads((self._job.state / ERROR).read_text(encoding="utf-8"))
             return UserError(error["message"]) if error["kind"] == "user" else InfraError(error["message"])
         with self._log.open("rb") as log:
             log.seek(log_start)
@@ -138,11 +135,3 @@ def numbers_of(data: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of what verl logs."""
     found = {name: value for name, value in data.items() if isinstance(value, int | float)}
     return {name: float(value) for name, value in found.items() if math.isfinite(value)}
-
-
-def last_error(text: str) -> str:
-    """The last line that names an exception; empty where none does."""
-    for line in reversed(text.splitlines()):
-        if match := ERROR_LINE.search(NOISE.sub("", line).strip()):
-            return match.group()[:300]
-    return ""

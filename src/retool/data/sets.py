@@ -89,7 +89,7 @@ def set_name(spec: str) -> str:
 
 def is_hub_name(name: str) -> bool:
     """Whether the hub could have a repository of that name."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
 def set_rows(spec: str, *, file: str = "", split: str = "") -> Iterator[Row]:

@@ -37,9 +37,12 @@ def paper(trajectory: Trajectory) -> float:
 def verl(trajectory: Trajectory) -> float:
     """+1 for a right final answer, otherwise min(−0.6, −1 + 0.1 · (num_turns − 2) / 2), so that a try with the tool is
     better than none (verl's ReTool recipe, ``compute_score``)."""
-    if _is_right(trajectory):
-        return RIGHT
-    return min(BEST_WRONG, WRONG + CALL_BONUS * (trajectory.num_turns - 2) / 2)
+    return RIGHT if _is_right(trajectory) else softened(trajectory.num_turns)
+
+
+def softened(num_turns: int) -> float:
+    """What ``verl`` gives for a wrong answer."""
+    return min(BEST_WRONG, WRONG + CALL_BONUS * (num_turns - 2) / 2)
 
 
 def overlong_punishment(length: int, limit: int, buffer: int, penalty: float) -> float:

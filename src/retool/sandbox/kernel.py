@@ -65,8 +65,9 @@ def set_dumpable(dumpable: bool) -> None:
     prctl(_PR_SET_DUMPABLE, int(dumpable))
 
 
-def become_subreaper() -> None:
-    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+def set_subreaper(wanted: bool) -> None:
+    """Whether the descendants whose parent ends become this process's children."""
+    prctl(_PR_SET_CHILD_SUBREAPER, int(wanted))
 
 
 def set_no_new_privs() -> None:

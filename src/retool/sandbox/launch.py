@@ -270,7 +270,7 @@ def main() -> None:
 
 def _set_up(paths: list[str]) -> None:
     """Make this process what a program expects to find, as far as it is the same for all."""
-    kernel.become_subreaper()
+    kernel.set_subreaper(True)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, hard), hard))
     import site

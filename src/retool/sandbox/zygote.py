@@ -261,7 +261,7 @@ def be_zygote(control: socket.socket, desk: Desk, cell: jail.Cell, settings: dic
     try:
         zygote = Zygote(control, desk, cell, settings)
         if cell.tier == jail.RESTRICTED:
-            kernel.become_subreaper()  # no first process of a pid namespace: a dead keeper's child comes here
+            kernel.set_subreaper(True)  # no first process of a pid namespace: a dead keeper's child comes here
         try:
             ready = zygote.prepare()
         except jail.LayerError as error:

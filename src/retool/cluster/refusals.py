@@ -1,0 +1,89 @@
+"""What a recipe may ask of the local engine and not of verl, and where verl does otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from retool.cluster.option import Job
+
+Refusal = tuple[str, Callable[[Job], bool], str]
+"""A field, whether the recipe sets it to what verl lacks, and why and what to do."""
+
+REFUSED_EVAL: tuple[Refusal, ...] = (
+    ("run.deterministic", lambda job: job.recipe.run.deterministic, "verl does not promise that; set it to false"),
+    ("model.random_init", lambda job: bool(job.recipe.model.random_init), "verl loads a model; set it to {}"),
+    (
+        "model.dtype",
+        lambda job: job.recipe.model.dtype == "float32" and job.recipe.model.device != "cpu",
+        "verl keeps float32 masters and computes in bfloat16; set it to 'auto'",
+    ),
+)
+"""Of every job."""
+
+
+def _has_critic(job: Job) -> bool:
+    return job.recipe.rl.has_critic
+
+
+REFUSED_RL: tuple[Refusal, ...] = (
+    *REFUSED_EVAL,
+    (
+        "model.lora.dropout",
+        lambda job: job.recipe.model.lora.dropout > 0,
+        "RL compares log-probabilities with and without it; set it to 0",
+    ),
+    ("rl.optim.name", lambda job: job.recipe.rl.optim.name != "adamw", "verl has no Muon; set it to 'adamw'"),
+    (
+        "rl.optim.schedule",
+        lambda job: job.recipe.rl.optim.schedule == "linear",
+        "verl has none such; set it to 'constant' or 'cosine'",
+    ),
+    (
+        "rl.critic.optim.name",
+        lambda job: _has_critic(job) and job.recipe.rl.critic.optim.name != "adamw",
+        "verl has no Muon; set it to 'adamw'",
+    ),
+    (
+        "rl.critic.optim.schedule",
+        lambda job: _has_critic(job) and job.recipe.rl.critic.optim.schedule == "linear",
+        "verl has none such; set it to 'constant' or 'cosine'",
+    ),
+    (
+        "rl.critic.whiten_advantages",
+        lambda job: _has_critic(job) and not job.recipe.rl.critic.whiten_advantages,
+        "verl always whitens GAE's; set it to true",
+    ),
+    (
+        "rl.critic.whiten_returns",
+        lambda job: _has_critic(job) and job.recipe.rl.critic.whiten_returns,
+        "verl has none such; set it to false",
+    ),
+    ("rl.overlong.filter", lambda job: job.recipe.rl.overlong.filter, "verl has none such; set it to false"),
+    (
+        "rl.dynamic_sampling.keep_surplus",
+        lambda job: job.recipe.rl.dynamic_sampling.keep_surplus,
+        "verl's synchronous trainer throws the surplus away; set it to false",
+    ),
+    (
+        "rl.tail.oversample",
+        lambda job: job.recipe.rl.tail.oversample > 1,
+        "verl's own way is --verl trainer.v1.trainer_mode=colocate_async; set it to 1",
+    ),
+)
+
+
+NOTES: tuple[tuple[Callable[[Job], bool], str], ...] = (
+    (
+        lambda job: job.name == "rl" and job.recipe.rl.dynamic_sampling.enabled,
+        "rl.dynamic_sampling.max_rounds does not bound verl: it draws tasks until the batch is full",
+    ),
+    (
+        lambda job: job.name == "rl" and job.recipe.rl.compares_groups,
+        "verl's loss divides by the tokens of groups of equal rewards too; the local engine leaves them out",
+    ),
+)
+"""Where a run on verl differs from one on the local engine: shown, not refused."""
+
+
+def notes_of(job: Job) -> list[str]:
+    return [note for concerns, note in NOTES if concerns(job)]
