@@ -262,7 +262,14 @@ def test_grpo_by_default() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "expected"),
     [
-        ("dapo", {"algorithm.filter_groups.enable": True, "algorithm.filter_groups.metric": "acc"}),
+        (
+            "dapo",
+            {
+                "algorithm.filter_groups.enable": True,
+                "trainer.v1.sampler.sync_refill_failed_groups": True,
+                "algorithm.filter_groups.metric": "acc",
+            },
+        ),
         (
             "dr_grpo",
             {

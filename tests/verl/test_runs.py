@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import pytest
 pytest.importorskip("verl.trainer")
 
 import cpu
+import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,6 +38,9 @@ LIMIT_S = 240.0
 """Of one run; on an idle machine of two cores it takes about a minute, most of it imports."""
 OURS = ("trainer.device", "actor_rollout_ref.rollout.agent.num_workers", "ray_kwargs.ray_init.address")
 """Options of ``cpu.py`` that a recipe's field sets."""
+
+ACTORS = ("Runner", "Recorder", "WorkerDict", "CPUServer", "AgentLoopWorker", "NodePool", "SimpleStorage")
+"""A run's, by the beginning of their names."""
 
 REWARDS = '''
 def by_calls(trajectory):
@@ -227,9 +232,45 @@ def test_ppo_is_interrupted_and_goes_on(runs: Runs) -> None:
     loads(folder.checkpoint_path(2))
 
 
-def test_an_evaluation(runs: Runs) -> None:
-    code, output = runs.run("eval", "quickstart", *COMMON, "run.name=eval", "data.test_size=6", "eval.k=2")
+@pytest.fixture
+def ray_cluster(tmp_path: Path) -> Iterator[tuple[str, Runs]]:
+    """A Ray that runs already, as ``ray start`` leaves it: its address, and what finds its processes."""
+    cluster = Runs(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [f"--port={port}", "--num-cpus=16", "--num-gpus=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false",
+         *arguments],
+        env=cpu.environment({"RETOOL_TEST_RUN": cluster.mark}), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: cluster.named(raylet()), process)
+        yield f"{ray.util.get_node_ip_address()}:{port}", cluster
+    finally:
+        process.terminate()
+        process.wait(30)
+        for pid in cluster.left():
+            os.kill(pid, signal.SIGKILL)
+
+
+def raylet() -> str:
+    return str(Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet")
+
+
+def test_an_evaluation_on_a_ray_that_runs_already(runs: Runs, ray_cluster: tuple[str, Runs]) -> None:
+    """It is joined, and left as it was found."""
+    address, cluster = ray_cluster
+    options = tuple(option for option in cpu.RL_OPTIONS if "ray_kwargs" not in option)
+    arguments = ["eval", "quickstart", *COMMON, "run.name=eval", "data.test_size=6", "eval.k=2"]
+    code, output = runs.run(*arguments, f"cluster.address={address}", options=options)
     assert code == 0, output
+    deadline = time.monotonic() + 20
+    while workers := [pid for name in ACTORS for pid in cluster.named(f"ray::{name}")]:
+        assert time.monotonic() < deadline, workers
+        time.sleep(0.2)
+    assert cluster.named(raylet())
     folder = RunFolder.open(runs.folder / "runs" / "eval")
     summary = folder.summary()["eval"]
     assert summary["k"] == 2 and summary["samples"] == 12 and summary["problems"] == 6

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -13,17 +15,20 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
 
 from retool.cluster.data import EVAL, task_of
 from retool.cluster.policy import ServerPolicy
-from retool.cluster.recorder import NAME
+from retool.cluster.recorder import NAME, RUNNER
 from retool.cluster.sandbox import NodeSandbox, open_node_sandbox
 from retool.config import Recipe, make_recipe
-from retool.errors import InfraError
+from retool.errors import InfraError, ReToolError, UserError
 from retool.formats import make_format
 from retool.formats.chat import ChatFormat
-from retool.grading.grader import judge
+from retool.grading.grader import LOST_S, judge
 from retool.grading.rewards import punish_overlong
+from retool.grading.verifier import LIMIT_S
 from retool.protocols import Sandbox
 from retool.rollout import Rollout, make_group, run_trajectory
 from retool.types import StopReason, Trajectory
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,6 +41,8 @@ class Shared:
     sandbox: Sandbox | None
     grading: asyncio.Lock
     """The verifier has one budget at a time."""
+    lost_s: dict[int, float] = field(default_factory=dict)
+    """What the step's hostile answers have cost."""
 
 
 _opening = asyncio.Lock()
@@ -57,6 +64,10 @@ async def _open(tokenizer: Any) -> Shared:
     return _shared[0]
 
 
+class Lost(InfraError):
+    """A trajectory that its group has to do without."""
+
+
 class TrajectoryLoop(AgentLoopBase):  # type: ignore[misc]
     """verl makes one for each trajectory. Limits, formats, stop reasons, sandbox and grading are the local engine's."""
 
@@ -69,33 +80,50 @@ class TrajectoryLoop(AgentLoopBase):  # type: ignore[misc]
         from all the same, and a group that is lost whole is drawn anew.
 
         Raises:
-            InfraError: see above.
+            Lost: see above.
+            Exception: whatever ends the run.
         """
+        try:
+            return await self._run(sampling_params, row)
+        except Lost:
+            raise
+        except Exception as error:
+            await end_run(error)
+            raise
+
+    async def _run(self, sampling_params: dict[str, Any], row: dict[str, Any]) -> AgentLoopOutput | list[Any]:
         shared = await _open(self.tokenizer)
         task, uid, validation = task_of(row), str(row["uid"]), row["extra_info"]["split"] == EVAL
         policy = ServerPolicy(self.server_manager, shared.fmt.decode, name=uid, server=self.rollout_config.name)
+        step = int(row["global_steps"])
         trajectory = await run_trajectory(
             _rollout(shared, policy, sampling_params, uid),
             task,
             int(row["session_id"]),
             seed=shared.recipe.run.seed,
-            step=int(row["global_steps"]),
+            step=step,
         )
-        counts = await _grade(shared, trajectory)
+        counts = await _grade(shared, trajectory, step)
         seen = shared.sandbox.stats() if isinstance(shared.sandbox, NodeSandbox) else {}
+        restarts = ray.get_runtime_context().get_node_id(), seen.get("restarts", 0)
         await shared.recorder.add.remote(
-            uid,
-            int(row["index"]),
-            trajectory,
-            counts,
-            validation=validation,
-            restarts=(_node(), seen.get("restarts", 0)),
+            uid, int(row["index"]), trajectory, counts, validation=validation, restarts=restarts
         )
-        if trajectory.stop_reason is StopReason.INFRA:
-            if self.config.algorithm.filter_groups.enable and not validation:
-                raise InfraError(f"task {task.id}, sample {trajectory.sample}: lost to the infrastructure")
-            return []
-        return output_of(trajectory, policy)
+        lost = trajectory.stop_reason is StopReason.INFRA
+        if lost and self.config.algorithm.filter_groups.enable and not validation:
+            raise Lost(f"task {task.id}, sample {trajectory.sample}: lost to the infrastructure")
+        return [] if lost or not trajectory.turns else output_of(trajectory, policy)
+
+
+async def end_run(error: Exception) -> None:
+    """verl takes an error of an agent loop for one bad sample and goes on. One that the local engine would end the run
+    with ends it here too: the recorder tells the launcher why, and verl's runner is ended."""
+    _log.error("the run ends", exc_info=error)
+    kind = "user" if isinstance(error, UserError) else "infra"
+    told = str(error) if isinstance(error, ReToolError) else f"{type(error).__name__}: {error}"
+    await ray.get_actor(NAME).fail.remote(kind, told)
+    with contextlib.suppress(ValueError):  # another worker has ended it already
+        ray.kill(ray.get_actor(RUNNER))
 
 
 def _rollout(shared: Shared, policy: ServerPolicy, sampling_params: dict[str, Any], uid: str) -> Rollout:
@@ -136,17 +164,14 @@ class _Named:
         """The node's sandbox outlives the trajectory."""
 
 
-def _node() -> str:
-    name: str = ray.get_runtime_context().get_node_id()
-    return name
-
-
-async def _grade(shared: Shared, trajectory: Trajectory) -> dict[str, float]:
-    """Set its grade and reward; what became of its answer, to be counted."""
+async def _grade(shared: Shared, trajectory: Trajectory, step: int) -> dict[str, float]:
+    """Set its grade and reward; what became of its answer, to be counted. A step's hostile answers share a budget."""
     recipe = shared.recipe
     groups = [make_group(trajectory.task, [trajectory])]
     async with shared.grading:
-        counts = await asyncio.to_thread(judge, groups, recipe.rl)
+        lost_s = shared.lost_s.get(step, 0.0)
+        counts = await asyncio.to_thread(judge, groups, recipe.rl, lost_s=LOST_S - lost_s)
+        shared.lost_s = {step: lost_s + LIMIT_S * counts.timeouts}
     punish_overlong(groups, recipe.rl.overlong, recipe.rollout.max_response_tokens)
     return counts.metrics()
 
@@ -168,6 +193,6 @@ def output_of(trajectory: Trajectory, policy: ServerPolicy) -> AgentLoopOutput:
         extra_fields={
             "reward_extra_info": {"acc": float(trajectory.grade is not None and trajectory.grade.correct)},
             "min_global_steps": min(versions),
-            "max_global_steps": max(versions),
+            "max_global_steps": max(policy.newest, *versions),
         },
     )

@@ -59,11 +59,18 @@ def train(recipe: Recipe, folder: Path, job: str, overrides: Sequence[str]) -> N
 
     config = compose(overrides)
     auto_set_device(config)
+    _take_token()
     try:
         validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"verl refuses its options: {' '.join(str(error).split())}") from None
     run_ppo(config, RunnerHere(recipe, folder, job))
+
+
+def _take_token() -> None:
+    """``ray start`` asks for a token where there is one, and ``ray.init`` brings it only when it is told to."""
+    if (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _follow_parent() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 from retool.types import Finish, SamplingParams, TokenOutput
 
+_log = logging.getLogger(__name__)
 KEEP_STOP = {"vllm": {"include_stop_str_in_output": True}, "sglang": {"no_stop_trim": True}}
 """How each server is told that the string that ends a turn is a part of the turn."""
 
@@ -29,6 +31,8 @@ class ServerPolicy:
         self.seconds = 0.0
         """How long the servers have taken."""
         self.preempted = 0
+        self.newest = 0
+        """The newest weights that sampled any of its tokens, by verl's number."""
 
     async def generate(self, ids: list[int], params: SamplingParams, *, session: str) -> TokenOutput:
         """See ``protocols.Policy``. ``params.seed`` is not passed on: the servers' batches have random numbers of their
@@ -46,17 +50,24 @@ class ServerPolicy:
         if params.stop:
             options |= {"stop": list(params.stop), **self._keep_stop}
         started = time.monotonic()
-        output = await self._client.generate(
-            request_id=f"{self._name}/{session}", prompt_ids=list(ids), sampling_params=options
-        )
+        try:
+            output = await self._client.generate(
+                request_id=f"{self._name}/{session}", prompt_ids=list(ids), sampling_params=options
+            )
+        except Exception as error:  # whatever a server of others' making raises, the model has not done it
+            _log.warning("%s: the sampling server failed: %s", self._name, error)
+            return TokenOutput([], [], Finish.ABORT)
         self.seconds += time.monotonic() - started
         self.preempted += output.num_preempted or 0
         tokens = [int(token) for token in output.token_ids]
+        more = output.extra_fields
+        step = more.get("global_steps")
+        self.newest = max(self.newest, int(more.get("max_global_steps", step) or 0))
         return TokenOutput(
             token_ids=tokens,
             logprobs=[float(value) for value in output.log_probs or ()],
             finish=self._finish(output.stop_reason, tokens, params),
-            policy_version=int(output.extra_fields.get("global_steps") or 0),
+            policy_version=int(more.get("min_global_steps", step) or 0),
         )
 
     def _finish(self, reason: str | None, tokens: list[int], params: SamplingParams) -> Finish:

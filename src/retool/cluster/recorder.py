@@ -6,20 +6,22 @@ at the most, one that is made and one that is written: 1.2 MB for one of 16,000 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from retool.cluster.main import ERROR
 from retool.config import Recipe, make_recipe
 from retool.errors import InfraError
 from retool.metrics import evaluation_summary, rollout_metrics, validation_metrics
 from retool.rollout import make_group
-from retool.store import RunFolder
+from retool.store import RunFolder, write_file
 from retool.types import Trajectory, TrajectoryGroup
 
-NAME = "retool_recorder"
+NAME, RUNNER = "retool_recorder", "retool_runner"
 """In the Ray namespace of the job, which no other job shares."""
 
 
@@ -71,6 +73,17 @@ class Recorder:
         kept.setdefault(uid, []).append((place, trajectory))
         if not validation:
             self._counts.update(counts)
+
+    def fail(self, kind: str, message: str) -> None:
+        """Tell the launcher why the run ends; the first reason counts.
+
+        Args:
+            kind: ``user`` or ``infra``.
+        """
+        file = self._folder.path / "verl" / ERROR
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            write_file(file, json.dumps({"kind": kind, "message": message}))
 
     def end_step(self, step: int, advantages: Mapping[str, float]) -> dict[str, float]:
         """The step's metrics under our names. Its trajectories are forgotten, and written while the next step goes on

@@ -53,6 +53,11 @@ def _threshold(job: Job) -> float | str:
     return correction.high if correction.mode == "truncate" else f"{correction.low:g}_{correction.high:g}"
 
 
+def _filters(job: Job) -> bool:
+    """A group that was lost whole is drawn again, where verl draws more than once a step."""
+    return job.recipe.rl.dynamic_sampling.enabled
+
+
 def _kept(job: Job) -> int | None:
     return job.recipe.run.keep_checkpoints or None
 
@@ -97,6 +102,7 @@ RL: tuple[Option, ...] = (
     ),
     same("algorithm.filter_groups.enable", "rl.dynamic_sampling.enabled"),
     chosen("algorithm.filter_groups.metric", "acc"),
+    Option("trainer.v1.sampler.sync_refill_failed_groups", "rl.dynamic_sampling.enabled", _filters),
     Option(
         "algorithm.rollout_correction.rollout_is",
         "rl.correction.level",
@@ -155,6 +161,7 @@ RL: tuple[Option, ...] = (
     same(f"{_ROLLOUT}.val_kwargs.n", "eval.k"),
     same(f"{_ROLLOUT}.val_kwargs.temperature", "eval.temperature"),
     same(f"{_ROLLOUT}.val_kwargs.top_p", "eval.top_p"),
+    Option(f"{_ROLLOUT}.val_kwargs.top_k", "rollout.top_k", lambda job: job.recipe.rollout.top_k or -1),
     Option(f"{_ROLLOUT}.val_kwargs.do_sample", "eval.temperature", lambda job: job.recipe.eval.temperature > 0),
     chosen(f"{_ROLLOUT}.skip_tokenizer_init", False),  # SGLang finds stop strings only with its tokenizer
     chosen(f"{_ROLLOUT}.agent.default_agent_loop", "retool"),

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.trainer.main_ppo import TaskRunnerV1
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-from retool.cluster.recorder import NAME, Recorder, secret_tree
+from retool.cluster.recorder import NAME, RUNNER, Recorder, secret_tree
 from retool.config import Recipe
 
 PADDING = "pad"
@@ -86,5 +86,5 @@ class RunnerHere:
     def remote(self) -> Any:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         variables = {name: os.environ[name] for name in ("VERL_FILE_LOGGER_PATH",) if name in os.environ}
-        options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": variables}}
+        options = {"name": RUNNER, "num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": variables}}
         return ray.remote(Runner).options(**options).remote(*self._arguments)

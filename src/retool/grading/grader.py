@@ -42,13 +42,14 @@ class BoxedGrader:
         return next((found for found in earlier if found is not None), None) or find_answer(texts[-1])
 
 
-def judge(groups: Iterable[TrajectoryGroup], config: RLConfig) -> Counts:
+def judge(groups: Iterable[TrajectoryGroup], config: RLConfig, *, lost_s: float = LOST_S) -> Counts:
     """``grade_groups`` as the recipe wants it.
 
     Raises:
         ConfigError: see ``rewards.find_reward``.
     """
-    return grade_groups(groups, BoxedGrader(lenient=config.grading == "lenient"), find_reward(config.reward))
+    grader = BoxedGrader(lenient=config.grading == "lenient")
+    return grade_groups(groups, grader, find_reward(config.reward), lost_s=lost_s)
 
 
 def grade_groups(
