@@ -59,7 +59,6 @@ def train(recipe: Recipe, folder: Path, job: str, overrides: Sequence[str]) -> N
 
     config = compose(overrides)
     auto_set_device(config)
-    _take_token()
     try:
         validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     except (AssertionError, ValueError) as error:
@@ -68,7 +67,8 @@ def train(recipe: Recipe, folder: Path, job: str, overrides: Sequence[str]) -> N
 
 
 def _take_token() -> None:
-    """``ray start`` asks for a token where there is one, and ``ray.init`` brings it only when it is told to."""
+    """``ray start`` asks for a token where there is one, and ``ray.init`` brings it only where it was told to before
+    Ray was imported."""
     if (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
@@ -87,6 +87,7 @@ def _follow_parent() -> None:
 def main(arguments: Sequence[str]) -> int:
     folder, job, overrides = Path(arguments[0]), arguments[1], arguments[2:]
     _follow_parent()
+    _take_token()
     try:
         recipe = load_recipe(folder / "config.toml", [f"sandbox.token={json.dumps(os.environ.pop(TOKEN, ''))}"])
         if job == "sft":
