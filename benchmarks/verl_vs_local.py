@@ -2,8 +2,8 @@
 
     .venv-verl/bin/python benchmarks/verl_vs_local.py --out runs-engines --plot docs/verl_vs_local.png
 
-The cluster engine is the real verl, two Ray workers on this CPU, with the stand-ins of ``tests/verl``: about 20 minutes.
-Runs that are there already are not run again. Without verl nothing is run.
+The cluster engine is the real verl, two Ray workers on this CPU, with the stand-ins of ``tests/verl``: 20 minutes in
+all. Runs that are there already are not run again. Without verl nothing is run.
 """
 
 from __future__ import annotations

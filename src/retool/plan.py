@@ -251,10 +251,12 @@ def _plan_eval(recipe: Recipe, plan: Plan) -> None:
 _JOBS: dict[str, Callable[[Recipe, Plan], None]] = {"sft": _plan_sft, "rl": _plan_rl, "evaluate": _plan_eval}
 
 
-def render(plan: Plan) -> str:
-    """The plan as lines of text."""
+def render(plan: Plan, *, memory: bool = True) -> str:
+    """The plan as lines of text; ``memory`` is that of the local engine, on one device."""
     width = max(len(name) for name, _ in plan.facts)
     lines = [f"{name:{width}}  {text}" for name, text in plan.facts]
+    if not memory:
+        return "\n".join(lines)
     if not plan.memory_gb or plan.machine is None:
         return "\n".join([*lines, "memory: not known, since the model is not at hand"])
     machine, both = plan.machine, not plan.machine.is_gpu and plan.on_gpu_gb != plan.memory_gb

@@ -192,7 +192,7 @@ def _plan(name: str, recipe: Recipe, options: _JobOptions) -> str:
     from retool.config import recipe_toml
     from retool.plan import make_plan, render
 
-    lines = render(make_plan(name, recipe)).splitlines()
+    lines = render(make_plan(name, recipe), memory=options.engine == "local").splitlines()
     if options.engine == "verl":
         describe: Callable[..., list[str]] = importlib.import_module("retool.cluster.options").describe
         lines += ["", *describe(name, recipe, options.verl)]

@@ -80,11 +80,19 @@ def _tokenizer(job: Job) -> str | None:
 
 def optimiser(at: str, field: str, when: Callable[[Job], bool] = lambda job: True) -> tuple[Option, ...]:
     """An optimiser's options; sft, the actor and the critic have one each."""
+    warmup_of = same("", f"{field}.warmup_steps").get
+
+    def warmup(job: Job) -> int:
+        """verl's scheduler goes on once a step, whatever the number of the step's updates."""
+        rl = job.recipe.rl
+        updates = rl.prompts // (rl.minibatch_prompts or rl.prompts) if field.startswith("rl.") else 1
+        return -(-int(warmup_of(job)) // updates)
+
     return (
         same(f"{at}.lr", f"{field}.lr", when),
         same(f"{at}.betas", f"{field}.betas", when),
         same(f"{at}.weight_decay", f"{field}.weight_decay", when),
-        same(f"{at}.lr_warmup_steps", f"{field}.warmup_steps", when),
+        Option(f"{at}.lr_warmup_steps", f"{field}.warmup_steps", warmup, when),
         same(f"{at}.lr_scheduler_type", f"{field}.schedule", when),
         same(f"{at}.min_lr_ratio", f"{field}.final_lr_share", when),
         same(f"{at}.clip_grad", f"{field}.grad_clip", when),

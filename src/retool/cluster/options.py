@@ -84,7 +84,13 @@ def describe(name: str, recipe: Recipe, extra: Sequence[str] = ()) -> list[str]:
     job = Job(name, recipe, (Path(recipe.run.out) / recipe.run.name).resolve())
     overrides = overrides_of(job, extra)
     fields = {option.key: option.field or "chosen for every run" for option, _ in options_of(job)}
-    lines = [f"verl's options ({CONFIGS[name]}.yaml), and the recipe's field that sets each:"]
+    cluster = recipe.cluster
+    lines = [
+        f"GPUs: {cluster.nodes} × {cluster.gpus_per_node}; {cluster.sequence_parallel} share a sequence in training, "
+        f"{cluster.tensor_parallel} a sampling model; memory: docs/cluster.md",
+        "",
+        f"verl's options ({CONFIGS[name]}.yaml), and the recipe's field that sets each:",
+    ]
     width = max(map(len, overrides))
     for override in overrides:
         known = fields.get(override.partition("=")[0]) if override not in extra else None
