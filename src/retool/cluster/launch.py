@@ -71,7 +71,13 @@ def run(recipe: Recipe, *, job: str, extra: Sequence[str] = (), progress: Progre
         folder = begin_run(recipe, done)
         lock.take()
         what.state.mkdir(exist_ok=True)
-        folder.write_environment(job=name, seed=recipe.run.seed, device="verl", engine="verl", verl_options=overrides)
+        folder.write_environment(
+            job=name,
+            seed=recipe.run.seed,
+            device=f"verl, {recipe.cluster.nodes} × {recipe.cluster.gpus_per_node}",
+            engine="verl",
+            verl_options=overrides,
+        )
         steps = write()
         for note in notes_of(what):
             progress.line(f"note: {note}")
