@@ -565,7 +565,8 @@ def test_the_description_has_each_option_once_and_the_command(name: str, tmp_pat
     recipe = make_recipe({"run": {"out": str(tmp_path / "my runs"), "name": "it's"}, "rl": {"algorithm": "ppo"}})
     job, extra = Job(name, recipe, tmp_path / "my runs" / "it's"), ["trainer.balance_batch=true"]
     overrides = overrides_of(job, extra)
-    lines = describe(name, recipe, extra)
+    gpus, _, *lines = describe(name, recipe, extra)
+    assert gpus.startswith(f"GPUs: {recipe.cluster.nodes} × {recipe.cluster.gpus_per_node}; ")
     fields = {option.key: option.field for option, _ in options_of(job)}
     shown = lines[1 : 1 + len(overrides)]
     for override, line in zip(overrides, shown, strict=True):

@@ -49,8 +49,8 @@ class Option:
     """Whether it is given at all."""
 
 
-def same(key: str, field: str, when: Callable[[Job], bool] = lambda job: True) -> Option:
-    """An option that is the field as it stands."""
+def value_of(field: str) -> Getter:
+    """What reads the recipe's ``field``, e.g. ``rl.optim.lr``."""
 
     def get(job: Job) -> Any:
         value: Any = job.recipe
@@ -58,7 +58,12 @@ def same(key: str, field: str, when: Callable[[Job], bool] = lambda job: True) -
             value = getattr(value, part)
         return value
 
-    return Option(key, field, get, when)
+    return get
+
+
+def same(key: str, field: str, when: Callable[[Job], bool] = lambda job: True) -> Option:
+    """An option that is the field as it stands."""
+    return Option(key, field, value_of(field), when)
 
 
 def chosen(key: str, value: Any, when: Callable[[Job], bool] = lambda job: True) -> Option:
@@ -80,7 +85,7 @@ def _tokenizer(job: Job) -> str | None:
 
 def optimiser(at: str, field: str, when: Callable[[Job], bool] = lambda job: True) -> tuple[Option, ...]:
     """An optimiser's options; sft, the actor and the critic have one each."""
-    warmup_of = same("", f"{field}.warmup_steps").get
+    warmup_of = value_of(f"{field}.warmup_steps")
 
     def warmup(job: Job) -> int:
         """verl's scheduler goes on once a step, whatever the number of the step's updates."""

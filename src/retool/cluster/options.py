@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from retool.cluster.option import CONFIGS, Job, Option, hydra_value
+from retool.cluster.option import CONFIGS, Job, Option, hydra_value, value_of
 from retool.cluster.refusals import REFUSED_EVAL, REFUSED_RL, Refusal, notes_of
 from retool.cluster.rl_options import RL
 from retool.cluster.sft import REFUSED_SFT, SFT
@@ -27,10 +27,9 @@ def refuse(job: Job) -> None:
     """Raises ConfigError: the recipe asks for what this engine cannot do."""
     for field, asked, reason in REFUSED[job.name]:
         if asked(job):
-            value: Any = job.recipe
-            for part in field.split("."):
-                value = getattr(value, part)
-            raise ConfigError(f"{field} = {json.dumps(value)} with --engine verl: {reason}, or use --engine local")
+            raise ConfigError(
+                f"{field} = {json.dumps(value_of(field)(job))} with --engine verl: {reason}, or use --engine local"
+            )
 
 
 def _key_of(override: str) -> str:

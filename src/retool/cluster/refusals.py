@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from retool.cluster.option import Job
+from retool.cluster.option import Job, value_of
 
 Refusal = tuple[str, Callable[[Job], bool], str]
 """A field, whether the recipe sets it to what verl lacks, and why and what to do."""
@@ -25,6 +25,19 @@ def _has_critic(job: Job) -> bool:
     return job.recipe.rl.has_critic
 
 
+def optimiser_refusals(field: str, when: Callable[[Job], bool] = lambda job: True) -> tuple[Refusal, ...]:
+    """Of an optimiser's section."""
+    name_of, schedule_of = value_of(f"{field}.name"), value_of(f"{field}.schedule")
+    return (
+        (f"{field}.name", lambda job: when(job) and name_of(job) != "adamw", "verl has no Muon; set it to 'adamw'"),
+        (
+            f"{field}.schedule",
+            lambda job: when(job) and schedule_of(job) == "linear",
+            "verl has none such; set it to 'constant' or 'cosine'",
+        ),
+    )
+
+
 REFUSED_RL: tuple[Refusal, ...] = (
     *REFUSED_EVAL,
     (
@@ -32,22 +45,8 @@ REFUSED_RL: tuple[Refusal, ...] = (
         lambda job: job.recipe.model.lora.dropout > 0,
         "RL compares log-probabilities with and without it; set it to 0",
     ),
-    ("rl.optim.name", lambda job: job.recipe.rl.optim.name != "adamw", "verl has no Muon; set it to 'adamw'"),
-    (
-        "rl.optim.schedule",
-        lambda job: job.recipe.rl.optim.schedule == "linear",
-        "verl has none such; set it to 'constant' or 'cosine'",
-    ),
-    (
-        "rl.critic.optim.name",
-        lambda job: _has_critic(job) and job.recipe.rl.critic.optim.name != "adamw",
-        "verl has no Muon; set it to 'adamw'",
-    ),
-    (
-        "rl.critic.optim.schedule",
-        lambda job: _has_critic(job) and job.recipe.rl.critic.optim.schedule == "linear",
-        "verl has none such; set it to 'constant' or 'cosine'",
-    ),
+    *optimiser_refusals("rl.optim"),
+    *optimiser_refusals("rl.critic.optim", _has_critic),
     (
         "rl.critic.whiten_advantages",
         lambda job: _has_critic(job) and not job.recipe.rl.critic.whiten_advantages,

@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from retool.cluster.option import CONFIGS, Job, Option, chosen, hydra_value, lora, model, optimiser, same
-from retool.cluster.refusals import REFUSED_EVAL, Refusal
+from retool.cluster.refusals import REFUSED_EVAL, Refusal, optimiser_refusals
 from retool.cluster.state import saved_step
 from retool.config import Recipe
 from retool.data.conversations import Encoded, encode
@@ -137,12 +137,7 @@ REFUSED_SFT: tuple[Refusal, ...] = (
         lambda job: job.recipe.model.lora.dropout > 0,
         "verl has none such; set it to 0",
     ),
-    ("sft.optim.name", lambda job: job.recipe.sft.optim.name != "adamw", "verl has no Muon; set it to 'adamw'"),
-    (
-        "sft.optim.schedule",
-        lambda job: job.recipe.sft.optim.schedule == "linear",
-        "verl has none such; set it to 'constant' or 'cosine'",
-    ),
+    *optimiser_refusals("sft.optim"),
     (
         "sft.batch_size",
         lambda job: job.recipe.sft.batch_size % _ranks(job) > 0,
