@@ -447,7 +447,7 @@ def test_a_whole_run(recipe_file: str, tmp_path: Path, capsys: pytest.CaptureFix
     overrides = overrides_of(Job("rl", recipe, run.path), ["x.y=1"])
     environment = run.environment()
     assert {key: environment[key] for key in ("job", "engine", "device", "seed", "verl_options")} == {
-        "job": "rl", "engine": "verl", "device": "verl", "seed": 0, "verl_options": overrides
+        "job": "rl", "engine": "verl", "device": "verl, 1 × 8", "seed": 0, "verl_options": overrides
     }  # fmt: skip
     # the data, in the order of the local engine's stream
     rows = pq.read_table(run.path / "verl" / "train.parquet").to_pylist()
