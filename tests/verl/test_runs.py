@@ -39,7 +39,7 @@ LIMIT_S = 240.0
 OURS = ("trainer.device", "actor_rollout_ref.rollout.agent.num_workers", "ray_kwargs.ray_init.address")
 """Options of ``cpu.py`` that a recipe's field sets."""
 
-ACTORS = ("Runner", "Recorder", "WorkerDict", "CPUServer", "AgentLoopWorker", "NodePool", "SimpleStorage")
+ACTORS = ("TaskRunnerV1", "Recorder", "WorkerDict", "CPUServer", "AgentLoopWorker", "NodePool", "SimpleStorage")
 """A run's, by the beginning of their names."""
 
 REWARDS = '''
