@@ -428,8 +428,9 @@ SECTIONS: dict[str, dict[str, str]] = {
         "training/filter_groups/<part>": "Groups that dynamic sampling replaced, or threw away as surplus.",
         "training/rollout_failure/<part>": "Groups whose trajectories were all lost, and that were drawn again.",
         "training/<global_step|epoch>": "verl's count of steps, and of passes over the run's data file.",
-        "train/<loss|lr|grad_norm|mfu|global_tokens|total_tokens(B)>": "sft: as the local engine's; share of the GPU's "
-        "peak; tokens of the step; billions of tokens so far.",
+        "train/<mfu|global_tokens>": "sft: share of the GPU's peak arithmetic; tokens of the step.",
+        "train/total_tokens(B)": "sft: billions of tokens so far.",
+        "perf/<cpu_memory_used_gb|max_memory_allocated_gb|max_memory_reserved_gb>": "sft: memory of the first rank.",
         "perf/mfu/<actor|critic>": "Share of the GPUs' peak arithmetic that training used.",
         "perf/<time_per_step|total_num_tokens>": "Seconds, and tokens, of the step.",
         "timing_per_token_ms/<part>": "timing_s of the part by the tokens that it worked on.",

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retool.config import ModelConfig
 from retool.engine.model import load_model
-from retool.metrics import rollout_metrics
+from retool.metrics import definition, rollout_metrics
 from retool.store import RunFolder, read_groups, read_metrics
 from retool.types import ExecutionStatus
 
@@ -149,6 +149,7 @@ def test_sft(runs: Runs) -> None:
     assert code == 0, output
     folder = RunFolder.open(runs.folder / "runs" / "sft")
     losses = [row["train/loss"] for row in folder.metrics()]
+    every_number_is_defined(folder.metrics())
     assert steps_of(folder.path) == [1, 2, 3, 4] and losses[-1] < losses[0]
     assert folder.summary()["engine"] == "verl" and folder.environment()["engine"] == "verl"
     assert folder.latest_checkpoint() == folder.checkpoint_path(4)
@@ -178,8 +179,14 @@ def test_grpo_survives(runs: Runs) -> None:
     assert steps_of(path) == [0, 1, 2, 3] and folder.trajectory_steps() == [1, 2, 3]
     assert folder.latest_checkpoint() == folder.checkpoint_path(3)
     loads(folder.checkpoint_path(3))
+    every_number_is_defined(folder.metrics())
     sandbox_killed(folder)
     what_was_learnt_is_what_was_sampled(folder)
+
+
+def every_number_is_defined(rows: list[dict[str, float]]) -> None:
+    names = {name for row in rows for name in row} - {"step"}
+    assert [name for name in sorted(names) if definition(name) is None] == []
 
 
 def sandbox_killed(folder: RunFolder) -> None:
@@ -226,6 +233,7 @@ def test_ppo_is_interrupted_and_goes_on(runs: Runs) -> None:
     folder = RunFolder.open(path)
     rows = folder.metrics()
     assert steps_of(path) == [1, 2]
+    every_number_is_defined(rows)
     for row in rows:
         assert row["critic/grad_norm"] > 0 and row["actor/grad_norm"] > 0
         assert "critic/vf_explained_var" in row and row["training/rollout_actor_probs_pearson_corr"] >= 0.999
