@@ -21,8 +21,6 @@ sys.path.insert(0, str(TESTS))
 import cpu  # noqa: E402
 
 VALIDATED = "val-core/world/acc/mean@1"
-OF_FIELDS = ("trainer.device", "actor_rollout_ref.rollout.agent.num_workers", "ray_kwargs.ray_init.address")
-"""Options of ``cpu.py`` that a recipe's field sets."""
 
 
 def retool(*arguments: str) -> None:
@@ -38,10 +36,8 @@ def run(out: Path, steps: int) -> None:
     if not (out / "local" / "summary.json").exists():
         retool("rl", "quickstart", *common, "run.name=local")
     if not (out / "verl" / "summary.json").exists():
-        options = [option for option in cpu.RL_OPTIONS if not option.lstrip("+").startswith(OF_FIELDS)]
-        extra = [word for option in options for word in ("--verl", option)]
-        cluster = ["cluster.gpus_per_node=2", "cluster.agent_workers=1", "model.device=cpu"]
-        retool("rl", "quickstart", *common, *cluster, "run.name=verl", "--engine", "verl", *extra)
+        cluster = ["cluster.gpus_per_node=2", "cluster.agent_workers=1", "model.device=cpu", "--engine", "verl"]
+        retool("rl", "quickstart", *common, *cluster, "run.name=verl", *cpu.arguments(cpu.RL_OPTIONS))
 
 
 def rows(out: Path, name: str) -> list[dict[str, float]]:

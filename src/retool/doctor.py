@@ -183,7 +183,7 @@ def check_device() -> Check:
         can=(
             f"By an estimate of {BYTES_PER_PARAMETER} bytes a parameter, one GPU trains all of a model of up to "
             f"{billions:.1f} billion parameters.",
-            *(["The local engine uses one GPU; the engine for several is not there yet."] if count > 1 else []),
+            *(["The local engine uses one GPU; --engine verl uses several (docs/cluster.md)."] if count > 1 else []),
         ),
     )
 

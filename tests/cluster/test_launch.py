@@ -21,7 +21,7 @@ from retool.cluster.data import task_of
 from retool.cluster.launch import check_address, check_model
 from retool.cluster.option import Job
 from retool.cluster.options import command_of, overrides_of
-from retool.cluster.state import LATEST, export, resume_point, saved_step
+from retool.cluster.state import LATEST, MARK, export, logged_step, resume_point, saved_step, whole_steps
 from retool.config import Recipe, make_recipe, recipe_toml
 from retool.data.sources import open_source
 from retool.errors import ConfigError, InfraError
@@ -191,27 +191,33 @@ def test_the_last_step_that_was_saved(text: str | None, step: int, tmp_path: Pat
     assert saved_step(tmp_path) == step
 
 
-def resumes(tmp_path: Path, latest: int, logged: int, kept: tuple[int, ...]) -> tuple[int, int, list[int], list[str]]:
+def resumes(
+    tmp_path: Path, latest: int, logged: int, saved: tuple[int, ...], *, keep: int = 2, shells: tuple[int, ...] = ()
+) -> tuple[int, int, list[int], list[str]]:
     """Where a run goes on; what verl will take for its last step; the steps that it still has; what was said."""
-    folder, state, said = RunFolder(tmp_path / "x"), tmp_path / "x" / "verl", list[str]()
-    state.mkdir()
+    folder, said = RunFolder(tmp_path / "x"), list[str]()
+    job = Job("rl", make_recipe({"run": {"keep_checkpoints": keep}}), tmp_path / "x")
+    job.state.mkdir()
     if latest:
-        (state / LATEST).write_text(str(latest))
-    for step in kept:
-        (state / f"global_step_{step}" / "actor").mkdir(parents=True)
-    (state / "global_step_notes").mkdir()
+        (job.state / LATEST).write_text(str(latest))
+    for step in saved:
+        (job.state / f"global_step_{step}" / "actor").mkdir(parents=True)
+        (job.state / f"global_step_{step}" / "actor" / MARK).touch()
+    for step in shells:  # what verl's own rotation leaves
+        (job.state / f"global_step_{step}").mkdir()
+    (job.state / "global_step_notes").mkdir()
     tracker = folder.tracker()
     for step in range(logged + 1):
         tracker.log(step, {"acc/mean": 0.5})
+        folder.write_step(step, [])
     tracker.close()
-    found = resume_point(state, folder, said.append)
-    left = sorted(int(path.name.rpartition("_")[2]) for path in state.glob("global_step_[0-9]*"))
-    assert (state / "global_step_notes").is_dir()
-    return found, saved_step(state), left, said
+    found = resume_point(job, folder, said.append)
+    assert (job.state / "global_step_notes").is_dir()
+    return found, saved_step(job.state), sorted(whole_steps(job)), said
 
 
 @pytest.mark.parametrize(
-    ("latest", "logged", "kept", "found", "left"),
+    ("latest", "logged", "saved", "found", "left"),
     [
         (0, 0, (), 0, []),
         (0, 3, (), 0, []),
@@ -219,19 +225,34 @@ def resumes(tmp_path: Path, latest: int, logged: int, kept: tuple[int, ...]) -> 
         (4, 7, (2, 4), 4, [2, 4]),  # killed between two checkpoints
         (4, 3, (2, 4), 2, [2]),  # saved and not logged: done again
         (4, 2, (2, 4), 2, [2]),
+        (8, 8, (2, 4, 6, 8), 8, [6, 8]),  # verl forgets what earlier starts have left
     ],
 )
 def test_a_step_counts_once_it_is_saved_and_logged(
-    latest: int, logged: int, kept: tuple[int, ...], found: int, left: list[int], tmp_path: Path
+    latest: int, logged: int, saved: tuple[int, ...], found: int, left: list[int], tmp_path: Path
 ) -> None:
-    assert resumes(tmp_path, latest, logged, kept) == (found, found, left, [])
+    assert resumes(tmp_path, latest, logged, saved) == (found, found, left, [])
 
 
-@pytest.mark.parametrize(("latest", "kept"), [(4, (4,)), (1, (1,))])
-def test_where_no_earlier_step_is_kept_a_gap_is_told(latest: int, kept: tuple[int, ...], tmp_path: Path) -> None:
-    found, saved, left, said = resumes(tmp_path, latest, latest - 1, kept)
-    assert (found, saved, left) == (latest, latest, list(kept))
-    assert said == [f"step {latest} was saved and not logged: its metrics and trajectories are missing"]
+def test_a_step_without_its_trajectories_is_not_logged(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "x")
+    tracker = folder.tracker()
+    for step in (1, 2):
+        tracker.log(step, {"acc/mean": 0.5})
+    tracker.close()
+    folder.write_step(1, [])
+    assert logged_step(Job("rl", Recipe(), folder.path), folder) == 1
+    assert logged_step(Job("sft", Recipe(), folder.path), folder) == 2
+
+
+@pytest.mark.parametrize(("latest", "saved", "shells"), [(4, (4,), ()), (1, (1,), ()), (60, (60,), (30,))])
+def test_where_no_earlier_step_is_kept_a_gap_is_told(
+    latest: int, saved: tuple[int, ...], shells: tuple[int, ...], tmp_path: Path
+) -> None:
+    """A folder that verl's rotation has emptied is no checkpoint."""
+    found, last, left, said = resumes(tmp_path, latest, latest - 1, saved, keep=1, shells=shells)
+    assert (found, last, left) == (latest, latest, list(saved))
+    assert said == [f"step {latest} was saved and not logged: its metrics or trajectories are missing"]
 
 
 # --- on the command line, without verl --------------------------------------------------------------------------------

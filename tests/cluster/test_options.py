@@ -308,6 +308,15 @@ def test_an_algorithm_differs_from_grpo_in_this_alone(algorithm: str, expected: 
     assert expected.items() <= after.items()
 
 
+def test_a_micro_batch_has_room_for_the_longest_sequence() -> None:
+    """verl stops at one that its GPUs cannot hold together, hours after the start."""
+    sizes = ("rollout.max_context=640", "rl.micro_batch_tokens=10", "cluster.sequence_parallel=4")
+    found = values(recipe_of(*sizes, "rl.kl.place=loss", algorithm="ppo"))
+    keys = (f"{ACTOR}.ppo_max_token_len_per_gpu", f"{ROLLOUT}.log_prob_max_token_len_per_gpu",
+            f"{REF}.log_prob_max_token_len_per_gpu", "+critic.ppo_infer_max_token_len_per_gpu")  # fmt: skip
+    assert [found[key] for key in keys] == [160] * 4
+
+
 def test_ppo_has_a_critic() -> None:
     overrides = ("rl.critic.gamma=0.99", "rl.critic.lam=0.95", "rl.critic.epochs=2", "rl.critic.value_clip=0.3",
                  "rl.critic.warmup_steps=19", "rl.critic.optim.lr=2e-6", "cluster.sequence_parallel=4",
@@ -329,9 +338,9 @@ def test_ppo_has_a_critic() -> None:
         f"{ACTOR}.optim.lr": 1e-6,
     }
     assert {key: found.get(key, "missing") for key in expected} == expected
-    more = values(recipe_of("cluster.critic_tokens=7", "cluster.critic_sequence_parallel=2", algorithm="ppo"))
+    more = values(recipe_of("cluster.critic_tokens=7000", "cluster.critic_sequence_parallel=2", algorithm="ppo"))
     assert more["trainer.critic_warmup"] == 0
-    assert more["+critic.ppo_infer_max_token_len_per_gpu"] == 7
+    assert more["+critic.ppo_infer_max_token_len_per_gpu"] == 7000
     assert more["critic.fsdp.ulysses_sequence_parallel_size"] == 2
     evaluation = values(recipe_of(algorithm="ppo"), "evaluate")
     assert not [key for key in evaluation if key.startswith(("critic.model", "critic.optim", "+critic."))]
@@ -342,12 +351,12 @@ def test_ppo_has_a_critic() -> None:
 )
 @pytest.mark.parametrize(("estimator", "name"), [("k1", "kl"), ("k2", "mse"), ("k3", "low_var_kl")])
 def test_a_kl_penalty_stands_in_one_place(place: str, reward: bool, loss: bool, estimator: str, name: str) -> None:
-    overrides = f"rl.kl.place={place}", f"rl.kl.estimator={estimator}", "rl.kl.coef=0.02", "cluster.logprob_tokens=77"
+    overrides = f"rl.kl.place={place}", f"rl.kl.estimator={estimator}", "rl.kl.coef=0.02", "cluster.logprob_tokens=7700"
     found = values(recipe_of(*overrides))
     assert (found["algorithm.use_kl_in_reward"], found["algorithm.kl_ctrl.kl_coef"]) == (reward, 0.02 * reward)
     assert (found[f"{ACTOR}.use_kl_loss"], found[f"{ACTOR}.kl_loss_coef"]) == (loss, 0.02 * loss)
     assert found["algorithm.kl_penalty"] == found[f"{ACTOR}.kl_loss_type"] == name
-    assert found.get(f"{REF}.log_prob_max_token_len_per_gpu") == (77 if reward or loss else None)
+    assert found.get(f"{REF}.log_prob_max_token_len_per_gpu") == (7700 if reward or loss else None)
 
 
 @pytest.mark.parametrize(
@@ -455,6 +464,7 @@ ASKS: dict[str, tuple[str, ...]] = {
     "model.random_init": ("model.random_init={hidden_size = 64}", "model.tokenizer=x"),
     "model.dtype": ("model.dtype=float32",),
     "model.lora.dropout": ("model.lora.rank=8", "model.lora.dropout=0.1"),
+    "rl.minibatch_prompts": ("rl.prompts=24", "rl.minibatch_prompts=3", "rl.group_size=3"),
     "rl.optim.name": ("rl.optim.name=muon",),
     "rl.optim.schedule": ("rl.optim.schedule=linear",),
     "rl.critic.optim.name": ("rl.algorithm=ppo", "rl.critic.optim.name=muon"),
@@ -481,9 +491,9 @@ def test_what_verl_lacks_is_refused_in_one_line(field: str) -> None:
     assert message.startswith(f"{field} = {json.dumps(setting(recipe, field))} with --engine verl: ")
     assert message.endswith(", or use --engine local") and "\n" not in message
     # "set it to X": with X it is a recipe that verl takes
-    advised = re.search(r"set it to ('[^']*'|\S+?)(?: or .*)?, or use", message)
+    advised = re.search(r"set it to (one that is|'[^']*'|\S+?)(?: or .*)?, or use", message)
     assert advised, message
-    mended = recipe_of(*ASKS[field], f"{field}={advised[1]}")
+    mended = recipe_of(*ASKS[field], f"{field}={advised[1].replace('one that is', '8')}")
     assert not [name for name, asked, _ in REFUSED["rl"] if name == field and asked(Job("rl", mended, FOLDER))]
 
 

@@ -61,3 +61,12 @@ SFT_OPTIONS: tuple[str, ...] = (
     "data.num_workers=0",  # the default forks eight
 )
 """For ``verl.trainer.sft_trainer``, after all other options."""
+
+OF_FIELDS = ("trainer.device", "actor_rollout_ref.rollout.agent.num_workers", "ray_kwargs.ray_init.address")
+
+
+def arguments(options: tuple[str, ...]) -> list[str]:
+    """``--verl …`` for the command, less the options that a recipe's field sets: ``model.device``,
+    ``cluster.agent_workers``, ``cluster.address``."""
+    ours = [option for option in options if not option.lstrip("+").startswith(OF_FIELDS)]
+    return [word for option in ours for word in ("--verl", option)]

@@ -36,9 +36,6 @@ from retool.types import ExecutionStatus
 
 LIMIT_S = 240.0
 """Of one run; on an idle machine of two cores it takes about a minute, most of it imports."""
-OURS = ("trainer.device", "actor_rollout_ref.rollout.agent.num_workers", "ray_kwargs.ray_init.address")
-"""Options of ``cpu.py`` that a recipe's field sets."""
-
 ACTORS = ("TaskRunnerV1", "Recorder", "WorkerDict", "CPUServer", "AgentLoopWorker", "NodePool", "SimpleStorage")
 """A run's, by the beginning of their names."""
 
@@ -64,10 +61,9 @@ class Runs:
         (folder / "rewards.py").write_text(REWARDS)
 
     def start(self, *arguments: str, options: tuple[str, ...]) -> subprocess.Popen[str]:
-        verl = [word for option in options if not option.lstrip("+").startswith(OURS) for word in ("--verl", option)]
         environment = cpu.environment({"RETOOL_TEST_RUN": self.mark, "PYTHONPATH": f"{cpu.PLUGIN}:{self.folder}"})
         return subprocess.Popen(
-            [sys.executable, "-m", "retool.cli", *arguments, "--engine", "verl", *verl],
+            [sys.executable, "-m", "retool.cli", *arguments, "--engine", "verl", *cpu.arguments(options)],
             cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
@@ -190,11 +186,13 @@ def every_number_is_defined(rows: list[dict[str, float]]) -> None:
 
 
 def sandbox_killed(folder: RunFolder) -> None:
+    assert folder.metrics()[1]["infra/sandbox_restarts"] >= 1
     for step in folder.trajectory_steps():
         for group in read_groups(folder.step_trajectories(step)):
             for t in group.trajectories:
-                statuses = [e.status for turn in t.turns for e in turn.executions if e]
-                assert ExecutionStatus.INFRA not in statuses and ExecutionStatus.KILLED not in statuses
+                endings = [(e.status, e.exit_code) for turn in t.turns for e in turn.executions if e]
+                assert ExecutionStatus.INFRA not in {status for status, _ in endings}
+                assert (ExecutionStatus.KILLED, -signal.SIGKILL) not in endings
             for t in group.infra_failed:
                 assert t.advantage is None
 
@@ -232,7 +230,7 @@ def test_ppo_is_interrupted_and_goes_on(runs: Runs) -> None:
     assert code == 0, output
     folder = RunFolder.open(path)
     rows = folder.metrics()
-    assert steps_of(path) == [1, 2]
+    assert steps_of(path) == [1, 2] == folder.trajectory_steps()
     every_number_is_defined(rows)
     for row in rows:
         assert row["critic/grad_norm"] > 0 and row["actor/grad_norm"] > 0

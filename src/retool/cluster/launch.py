@@ -35,6 +35,7 @@ from retool.trackers import check_trackers
 
 VERL = "0.9."
 """The versions that this engine is written for and tested with."""
+VALIDATES = "trainer.val_before_train="
 CONNECT_S = 5.0
 EXTRA_ROUNDS = 3
 """Rows for dynamic sampling, as a multiple of what a run without it needs; after them verl begins the file anew."""
@@ -64,7 +65,7 @@ def run(recipe: Recipe, *, job: str, extra: Sequence[str] = (), progress: Progre
     with RunLock(recipe) as lock:
         earlier = find_run(recipe, name, engine="verl")
         done = 0
-        if earlier and job != "evaluate" and (done := resume_point(what.state, earlier, progress.line)):
+        if earlier and job != "evaluate" and (done := resume_point(what, earlier, progress.line)):
             refuse_changes(earlier, recipe, name)
         fmt = make_format(recipe.rollout, load_tokenizer(recipe.model.tokenizer or model_path(recipe)))
         write = read_data(what, fmt, progress.line)
@@ -79,6 +80,10 @@ def run(recipe: Recipe, *, job: str, extra: Sequence[str] = (), progress: Progre
             verl_options=overrides,
         )
         steps = write()
+        if done:  # the validation after this step is in the run folder already
+            overrides = [line for line in overrides if not line.startswith(VALIDATES)] + [f"{VALIDATES}false"] * (
+                job == "rl"
+            )
         for note in notes_of(what):
             progress.line(f"note: {note}")
         if done < steps:

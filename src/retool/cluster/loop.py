@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -41,8 +41,9 @@ class Shared:
     sandbox: Sandbox | None
     grading: asyncio.Lock
     """The verifier has one budget at a time."""
-    lost_s: dict[int, float] = field(default_factory=dict)
-    """What the step's hostile answers have cost."""
+    step: int = -1
+    left_s: float = 0.0
+    """What this step's hostile answers may still cost this worker."""
 
 
 _opening = asyncio.Lock()
@@ -121,7 +122,10 @@ async def end_run(error: Exception) -> None:
     _log.error("the run ends", exc_info=error)
     kind = "user" if isinstance(error, UserError) else "infra"
     told = str(error) if isinstance(error, ReToolError) else f"{type(error).__name__}: {error}"
-    await ray.get_actor(NAME).fail.remote(kind, told)
+    try:
+        await ray.get_actor(NAME).fail.remote(kind, told)
+    except Exception as fault:  # the recorder is gone, or the disk is full
+        _log.error("the launcher could not be told why", exc_info=fault)
     with contextlib.suppress(ValueError):  # another worker has ended it already
         ray.kill(ray.get_actor(RUNNER))
 
@@ -169,9 +173,10 @@ async def _grade(shared: Shared, trajectory: Trajectory, step: int) -> dict[str,
     recipe = shared.recipe
     groups = [make_group(trajectory.task, [trajectory])]
     async with shared.grading:
-        lost_s = shared.lost_s.get(step, 0.0)
-        counts = await asyncio.to_thread(judge, groups, recipe.rl, lost_s=LOST_S - lost_s)
-        shared.lost_s = {step: lost_s + LIMIT_S * counts.timeouts}
+        if shared.step != step:
+            shared.step, shared.left_s = step, LOST_S / recipe.cluster.agent_workers
+        counts = await asyncio.to_thread(judge, groups, recipe.rl, lost_s=shared.left_s)
+        shared.left_s -= LIMIT_S * counts.timeouts
     punish_overlong(groups, recipe.rl.overlong, recipe.rollout.max_response_tokens)
     return counts.metrics()
 

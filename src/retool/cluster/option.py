@@ -91,6 +91,7 @@ def optimiser(at: str, field: str, when: Callable[[Job], bool] = lambda job: Tru
         """verl's scheduler goes on once a step, whatever the number of the step's updates."""
         rl = job.recipe.rl
         updates = rl.prompts // (rl.minibatch_prompts or rl.prompts) if field.startswith("rl.") else 1
+        updates *= rl.critic.epochs if field.startswith("rl.critic.") else 1
         return -(-int(warmup_of(job)) // updates)
 
     return (
@@ -112,6 +113,16 @@ def model(at: str, when: Callable[[Job], bool] = lambda job: True) -> tuple[Opti
         chosen(f"{at}.use_remove_padding", True, when),
         same(f"{at}.enable_gradient_checkpointing", "engine.gradient_checkpointing", when),
     )
+
+
+def has_critic(job: Job) -> bool:
+    return job.name == "rl" and job.recipe.rl.has_critic
+
+
+def room_for(tokens: int, longest: int, shared_by: int) -> int:
+    """A GPU's share of a micro-batch: verl takes no sequence that is longer than the GPUs that share it hold together,
+    where the local engine gives it a micro-batch of its own."""
+    return max(tokens, -(-longest // shared_by))
 
 
 def lora(at: str) -> tuple[Option, ...]:

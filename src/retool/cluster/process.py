@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -72,13 +72,20 @@ class Child:
         if pipe is not None:
             with contextlib.suppress(OSError):
                 pipe.close()  # the child takes that for SIGTERM
-        self._wait(self._grace_s)
-        for end in (psutil.Process.terminate, psutil.Process.kill):
-            for process in self._alive():
-                with contextlib.suppress(psutil.Error):
-                    end(process)  # psutil makes sure that the number still means this process
-            self._wait(self._kill_s)
-        set_subreaper(False)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):  # whoever asks twice does not want to wait
+                self._wait(self._grace_s)
+            for end in (psutil.Process.terminate, psutil.Process.kill):
+                with contextlib.suppress(KeyboardInterrupt):
+                    self._end_all(end)
+        finally:
+            set_subreaper(False)
+
+    def _end_all(self, end: Callable[[psutil.Process], None]) -> None:
+        for process in self._alive():
+            with contextlib.suppress(psutil.Error):
+                end(process)  # psutil makes sure that the number still means this process
+        self._wait(self._kill_s)
 
     def _wait(self, seconds: float) -> None:
         """Until all are gone, or the time is."""

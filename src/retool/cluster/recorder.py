@@ -144,5 +144,9 @@ def _groups(kept: dict[str, list[tuple[int, Trajectory]]]) -> list[TrajectoryGro
 
 
 def secret_tree(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as a tree that ``make_recipe`` takes, its secrets included: not for a file."""
-    return recipe.model_dump(mode="json")
+    """The recipe as a tree that ``make_recipe`` takes, for workers with another working folder; its secrets are
+    included, so it is not for a file."""
+    tree = recipe.model_dump(mode="json")
+    if recipe.rollout.prompt_file:
+        tree["rollout"]["prompt_file"] = str(Path(recipe.rollout.prompt_file).resolve())
+    return tree

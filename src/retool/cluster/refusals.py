@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from retool.cluster.option import Job, value_of
+from retool.cluster.option import Job, has_critic, value_of
 
 Refusal = tuple[str, Callable[[Job], bool], str]
 """A field, whether the recipe sets it to what verl lacks, and why and what to do."""
@@ -21,10 +21,6 @@ REFUSED_EVAL: tuple[Refusal, ...] = (
 """Of every job."""
 
 
-def _has_critic(job: Job) -> bool:
-    return job.recipe.rl.has_critic
-
-
 def optimiser_refusals(field: str, when: Callable[[Job], bool] = lambda job: True) -> tuple[Refusal, ...]:
     """Of an optimiser's section."""
     name_of, schedule_of = value_of(f"{field}.name"), value_of(f"{field}.schedule")
@@ -38,6 +34,15 @@ def optimiser_refusals(field: str, when: Callable[[Job], bool] = lambda job: Tru
     )
 
 
+def _uneven(job: Job) -> bool:
+    """Whether an update's trajectories cannot be shared out evenly."""
+    rl, cluster = job.recipe.rl, job.recipe.cluster
+    gpus = cluster.nodes * cluster.gpus_per_node
+    parallel = {cluster.sequence_parallel}
+    parallel |= {cluster.critic_sequence_parallel or cluster.sequence_parallel} if has_critic(job) else set()
+    return any((rl.minibatch_prompts or rl.prompts) * rl.group_size % (gpus // shared) for shared in parallel)
+
+
 REFUSED_RL: tuple[Refusal, ...] = (
     *REFUSED_EVAL,
     (
@@ -45,16 +50,21 @@ REFUSED_RL: tuple[Refusal, ...] = (
         lambda job: job.recipe.model.lora.dropout > 0,
         "RL compares log-probabilities with and without it; set it to 0",
     ),
+    (
+        "rl.minibatch_prompts",
+        _uneven,
+        "times rl.group_size it is not a multiple of the GPUs by cluster.sequence_parallel; set it to one that is",
+    ),
     *optimiser_refusals("rl.optim"),
-    *optimiser_refusals("rl.critic.optim", _has_critic),
+    *optimiser_refusals("rl.critic.optim", has_critic),
     (
         "rl.critic.whiten_advantages",
-        lambda job: _has_critic(job) and not job.recipe.rl.critic.whiten_advantages,
+        lambda job: has_critic(job) and not job.recipe.rl.critic.whiten_advantages,
         "verl always whitens GAE's; set it to true",
     ),
     (
         "rl.critic.whiten_returns",
-        lambda job: _has_critic(job) and job.recipe.rl.critic.whiten_returns,
+        lambda job: has_critic(job) and job.recipe.rl.critic.whiten_returns,
         "verl has none such; set it to false",
     ),
     ("rl.overlong.filter", lambda job: job.recipe.rl.overlong.filter, "verl has none such; set it to false"),

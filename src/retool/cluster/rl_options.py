@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from retool.cluster.option import Job, Option, chosen, lora, model, optimiser, same
+from retool.cluster.option import Job, Option, chosen, has_critic, lora, model, optimiser, room_for, same
 
 LOOPS = Path(__file__).parent / "agent_loops.yaml"
 
@@ -27,10 +27,6 @@ AGGREGATIONS = {
 KL_ESTIMATORS = {"k1": "kl", "k2": "mse", "k3": "low_var_kl"}
 
 
-def _has_critic(job: Job) -> bool:
-    return job.name == "rl" and job.recipe.rl.has_critic
-
-
 def _has_reference(job: Job) -> bool:
     return job.recipe.rl.kl.place != "off"
 
@@ -45,7 +41,23 @@ def _address(job: Job) -> str:
 
 
 def _logprob_tokens(job: Job) -> int:
-    return job.recipe.cluster.logprob_tokens or job.recipe.rl.micro_batch_tokens
+    recipe = job.recipe
+    tokens = recipe.cluster.logprob_tokens or recipe.rl.micro_batch_tokens
+    return room_for(tokens, recipe.rollout.max_context, recipe.cluster.sequence_parallel)
+
+
+def _actor_tokens(job: Job) -> int:
+    recipe = job.recipe
+    return room_for(recipe.rl.micro_batch_tokens, recipe.rollout.max_context, recipe.cluster.sequence_parallel)
+
+
+def _critic_parallel(job: Job) -> int:
+    return job.recipe.cluster.critic_sequence_parallel or job.recipe.cluster.sequence_parallel
+
+
+def _critic_tokens(job: Job) -> int:
+    tokens = job.recipe.cluster.critic_tokens or job.recipe.rl.micro_batch_tokens
+    return room_for(tokens, job.recipe.rollout.max_context, _critic_parallel(job))
 
 
 def _threshold(job: Job) -> float | str:
@@ -119,7 +131,7 @@ RL: tuple[Option, ...] = (
         lambda job: job.recipe.rl.minibatch_prompts or job.recipe.rl.prompts,
     ),
     chosen(f"{_ACTOR}.use_dynamic_bsz", True),
-    same(f"{_ACTOR}.ppo_max_token_len_per_gpu", "rl.micro_batch_tokens"),
+    Option(f"{_ACTOR}.ppo_max_token_len_per_gpu", "rl.micro_batch_tokens", _actor_tokens),
     same(f"{_ACTOR}.ulysses_sequence_parallel_size", "cluster.sequence_parallel"),
     Option(f"{_ACTOR}.policy_loss.loss_mode", "rl.loss", lambda job: LOSSES[job.recipe.rl.loss]),
     Option(f"{_ACTOR}.loss_agg_mode", "rl.aggregation", lambda job: AGGREGATIONS[job.recipe.rl.aggregation]),
@@ -168,26 +180,26 @@ RL: tuple[Option, ...] = (
     chosen(f"{_ROLLOUT}.agent.agent_loop_config_path", str(LOOPS)),
     same(f"{_ROLLOUT}.agent.num_workers", "cluster.agent_workers"),
     # the critic
-    Option("critic.enable", "rl.advantage", _has_critic),
-    *model("critic.model", _has_critic),
-    chosen("critic.strategy", "fsdp2", _has_critic),
+    Option("critic.enable", "rl.advantage", has_critic),
+    *model("critic.model", has_critic),
+    chosen("critic.strategy", "fsdp2", has_critic),
     Option(
         "+critic.ppo_infer_max_token_len_per_gpu",  # all that verl's trainer reads, for learning too
         "cluster.critic_tokens",
-        lambda job: job.recipe.cluster.critic_tokens or job.recipe.rl.micro_batch_tokens,
-        _has_critic,
+        _critic_tokens,
+        has_critic,
     ),
     Option(
         "critic.fsdp.ulysses_sequence_parallel_size",
         "cluster.critic_sequence_parallel",
-        lambda job: job.recipe.cluster.critic_sequence_parallel or job.recipe.cluster.sequence_parallel,
-        _has_critic,
+        _critic_parallel,
+        has_critic,
     ),
-    same("critic.cliprange_value", "rl.critic.value_clip", _has_critic),
-    same("critic.ppo_epochs", "rl.critic.epochs", _has_critic),
-    *optimiser("critic.optim", "rl.critic.optim", _has_critic),
-    same("critic.fsdp.param_offload", "cluster.offload", _has_critic),
-    same("critic.fsdp.optimizer_offload", "cluster.offload", _has_critic),
+    same("critic.cliprange_value", "rl.critic.value_clip", has_critic),
+    same("critic.ppo_epochs", "rl.critic.epochs", has_critic),
+    *optimiser("critic.optim", "rl.critic.optim", has_critic),
+    same("critic.fsdp.param_offload", "cluster.offload", has_critic),
+    same("critic.fsdp.optimizer_offload", "cluster.offload", has_critic),
     # reward: our agent loop grades; this is for verl's own loops on our data
     chosen("reward.custom_reward_function.path", "pkg://retool.cluster.reward"),
     chosen("reward.custom_reward_function.name", "compute_score"),
@@ -204,7 +216,7 @@ RL: tuple[Option, ...] = (
         "rl.critic.warmup_steps",
         # verl counts from 1, and lets the actor learn in the step of this number
         lambda job: job.recipe.rl.critic.warmup_steps + 1 if job.recipe.rl.critic.warmup_steps else 0,
-        _has_critic,
+        has_critic,
     ),
     Option("trainer.save_freq", "rl.save_every", lambda job: job.recipe.rl.save_every or _steps(job)),
     Option("trainer.test_freq", "rl.eval_every", lambda job: job.recipe.rl.eval_every or -1),
@@ -212,7 +224,7 @@ RL: tuple[Option, ...] = (
     Option("trainer.val_only", "rl.steps", lambda job: job.name == "evaluate"),
     Option("trainer.default_local_dir", "run.name", lambda job: str(job.state)),
     Option("trainer.max_actor_ckpt_to_keep", "run.keep_checkpoints", _kept),
-    Option("trainer.max_critic_ckpt_to_keep", "run.keep_checkpoints", _kept, _has_critic),
+    Option("trainer.max_critic_ckpt_to_keep", "run.keep_checkpoints", _kept, has_critic),
     Option("trainer.resume_mode", "run.resume", lambda job: "auto" if job.name == "rl" else "disable"),
     Option("trainer.logger", "run.trackers", lambda job: ["console", "file"]),
     same("trainer.project_name", "run.project"),

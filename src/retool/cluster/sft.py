@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from retool.cluster.option import CONFIGS, Job, Option, chosen, hydra_value, lora, model, optimiser, same
+from retool.cluster.option import CONFIGS, Job, Option, chosen, hydra_value, lora, model, optimiser, room_for, same
 from retool.cluster.refusals import REFUSED_EVAL, Refusal, optimiser_refusals
 from retool.cluster.state import saved_step
 from retool.config import Recipe
@@ -65,7 +65,7 @@ def _tokens(job: Job) -> int:
     """Of a GPU's micro-batch. verl takes no conversation that is longer than its GPUs hold together, where the local
     engine gives it a micro-batch of its own: so there is always room for the longest."""
     sft = job.recipe.sft
-    return max(sft.micro_batch_tokens, -(-sft.max_tokens // job.recipe.cluster.sequence_parallel))
+    return room_for(sft.micro_batch_tokens, sft.max_tokens, job.recipe.cluster.sequence_parallel)
 
 
 def steps_per_epoch(conversations: int, batch_size: int) -> int:

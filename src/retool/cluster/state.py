@@ -19,6 +19,8 @@ LATEST = "latest_checkpointed_iteration.txt"
 """verl's: the number of the last step that was saved whole."""
 ADAPTER = "lora_adapter"
 """Where verl's merger leaves an adapter, beside the model that it was trained on."""
+MARK = "fsdp_config.json"
+"""What every set of shards has."""
 STEP = re.compile(r"global_step_(\d+)")
 
 
@@ -30,22 +32,41 @@ def saved_step(state: Path) -> int:
         return 0
 
 
-def resume_point(state: Path, folder: RunFolder, complain: Callable[[str], None]) -> int:
-    """The step after which the run goes on; 0: from the start. verl saves a step before it logs it. One that was saved
-    and not logged is done again from the one before, where that is still there; else the run goes on after it, and
-    ``complain`` hears that its metrics and trajectories are missing."""
-    latest = saved_step(state)
-    logged = max((int(row["step"]) for row in folder.metrics()), default=0)
-    if latest <= logged:
-        return latest
-    found = {int(match.group(1)): path for path in state.iterdir() if (match := STEP.fullmatch(path.name))}
-    earlier = max((step for step in found if step <= logged), default=0)
-    if not earlier:
-        complain(f"step {latest} was saved and not logged: its metrics and trajectories are missing")
-        return latest
-    write_file(state / LATEST, str(earlier))
-    remove(path for step, path in found.items() if step > earlier)
-    return earlier
+def whole_steps(job: Job) -> dict[int, Path]:
+    """verl's checkpoints that can be loaded, by step: its own rotation leaves a folder's shell behind."""
+    places = {"sft": [""], "rl": ["actor", "critic"] if job.recipe.rl.has_critic else ["actor"]}[job.name]
+    return {
+        int(match.group(1)): path
+        for path in (job.state.iterdir() if job.state.is_dir() else ())
+        if (match := STEP.fullmatch(path.name)) and all((path / place / MARK).is_file() for place in places)
+    }
+
+
+def logged_step(job: Job, folder: RunFolder) -> int:
+    """The last step that the run folder knows all about."""
+    steps = {int(row["step"]) for row in folder.metrics()}
+    return max(steps if job.name == "sft" else steps & set(folder.trajectory_steps()), default=0)
+
+
+def resume_point(job: Job, folder: RunFolder, complain: Callable[[str], None]) -> int:
+    """The step after which the run goes on; 0: from the start. Older checkpoints than are to be kept go.
+
+    verl saves a step before its metrics and trajectories are written. One that was saved and is not in the run folder
+    is done again from the one before, where that is still there; else the run goes on after it, and ``complain``
+    hears that they are missing.
+    """
+    latest, logged, found = saved_step(job.state), logged_step(job, folder), whole_steps(job)
+    done = latest
+    if latest > logged:
+        done = max((step for step in found if step <= logged), default=latest)
+        if done == latest:
+            complain(f"step {latest} was saved and not logged: its metrics or trajectories are missing")
+        else:
+            write_file(job.state / LATEST, str(done))
+    keep = job.recipe.run.keep_checkpoints
+    older = sorted(step for step in found if step <= done)[:-keep] if keep else []
+    remove(path for step, path in found.items() if step in older or step > done)
+    return done
 
 
 def export(job: Job, folder: RunFolder, steps: int) -> None:

@@ -49,8 +49,12 @@ def learnt_from(batch: Any) -> tuple[dict[str, float], dict[str, float]]:
             continue
         advantages_T, mask_T, old_T, rollout_T = row
         learnt = mask_T.bool()
+        if not learnt.any():
+            continue
         advantages[key.rpartition("_")[0]] = float(advantages_T[learnt].mean())
         gaps.append((old_T - rollout_T)[learnt].abs())
+    if not gaps:
+        return {}, {}
     gap_N = torch.cat(gaps)
     return advantages, {
         "training/rollout_logprob_gap_mean": float(gap_N.mean()),

@@ -15,7 +15,7 @@ from retool.cluster.option import Job
 from retool.cluster.options import command_of
 from retool.cluster.process import Child, last_error
 from retool.errors import HealthError, InfraError, UserError
-from retool.health import Monitor
+from retool.health import MODELS, Monitor
 from retool.metrics import figures
 from retool.progress import Progress, Stage
 from retool.store import RunFolder
@@ -25,6 +25,10 @@ POLL_S = 0.3
 LABELS = {"sft": "SFT", "rl": "RL", "evaluate": "evaluation"}
 NAMES = {"sft": "sft", "rl": "rl", "evaluate": "eval"}
 """What the run folder calls a job."""
+
+
+NONE_LEFT = "no materializable trajectories"
+"""verl's words, which go on with advice that does not help."""
 
 
 class Lines:
@@ -86,23 +90,28 @@ class Watch:
 
     def _follow(self, child: Child, lines: Lines, tracker: Trackers, stage: Stage) -> int:
         step, gathered = 0, dict[str, float]()
-        while True:
-            code = child.poll()
-            for line in lines.new():
-                row = json.loads(line)
-                # sft logs a step's held-out loss by itself, after the step
-                if gathered and row["step"] != step:
-                    self._take(step, gathered, tracker, stage)
-                    gathered = {}
-                step, gathered = int(row["step"]), gathered | numbers_of(row["data"])
-                if self._job.name != "sft":
-                    self._take(step, gathered, tracker, stage)
-                    gathered = {}
-            if code is not None:
-                if gathered:
-                    self._take(step, gathered, tracker, stage)
-                return code
-            time.sleep(POLL_S)
+        try:
+            while True:
+                code = child.poll()
+                for line in lines.new():
+                    row = json.loads(line)
+                    # sft logs a step's held-out loss by itself, after the step
+                    if gathered and row["step"] != step:
+                        self._take(step, gathered, tracker, stage)
+                        gathered = {}
+                    step, gathered = int(row["step"]), gathered | numbers_of(row["data"])
+                    if self._job.name != "sft":
+                        taken, gathered = gathered, {}
+                        self._take(step, taken, tracker, stage)
+                if code is not None:
+                    return code
+                time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            self._progress.line("verl's processes are being ended: this may take a minute")
+            raise
+        finally:
+            if gathered:
+                self._take(step, gathered, tracker, stage)
 
     def _take(self, step: int, metrics: dict[str, float], tracker: Trackers, stage: Stage) -> None:
         if self._job.name == "evaluate" or (self._done and step <= self._done):
@@ -124,6 +133,8 @@ class Watch:
         with self._log.open("rb") as log:
             log.seek(log_start)
             reason = last_error(log.read().decode(errors="replace"))
+        if NONE_LEFT in reason:
+            reason = "all trajectories of a step were lost; the sandbox or the sampling servers are down"
         reason = f": {reason}" if reason else ""
         return InfraError(
             f"verl ended with exit code {code}{reason}. What it printed is in {self._log}; once that is mended, the "
@@ -132,6 +143,9 @@ class Watch:
 
 
 def numbers_of(data: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of what verl logs."""
-    found = {name: value for name, value in data.items() if isinstance(value, int | float)}
-    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+    """The finite numbers of what verl logs, and whether an update was skipped."""
+    found = {name: float(value) for name, value in data.items() if isinstance(value, int | float)}
+    finite = {name: value for name, value in found.items() if math.isfinite(value)}
+    # verl changes nothing where a gradient is not finite, prints that, and logs null
+    skipped = {f"{model}/skipped": 1.0 for model in MODELS if f"{model}/grad_norm" in data.keys() - finite.keys()}
+    return finite | skipped

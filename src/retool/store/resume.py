@@ -109,6 +109,10 @@ HOUSEKEEPING = {
     "sft.save_every",
     "rl.save_every",
     "sandbox.workers",
+    *(
+        f"cluster.{name}"
+        for name in ("address", "agent_workers", "gpu_memory_share", "logprob_tokens", "critic_tokens")
+    ),
 }
 """Settings with which a run may be taken up again."""
 WHOLE = ("data.columns", "model.random_init")
