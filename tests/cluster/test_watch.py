@@ -17,8 +17,9 @@ from retool.cluster.option import Job
 from retool.cluster.options import command_of
 from retool.cluster.process import last_error
 from retool.cluster.watch import Lines, Watch, numbers_of
-from retool.config import make_recipe
+from retool.config import HealthConfig, make_recipe
 from retool.errors import HealthError, InfraError, UserError
+from retool.health import Monitor
 from retool.progress import Progress
 from retool.store import RunFolder
 
@@ -133,6 +134,20 @@ def test_numbers_alone_are_metrics() -> None:
     data = {"a": 1, "b": 2.5, "c": "text", "d": None, "e": math.nan, "f": math.inf, "g": [1], "h": -0.0}
     assert numbers_of(data) == {"a": 1.0, "b": 2.5, "h": 0.0}
     assert all(type(value) is float for value in numbers_of(data).values())
+
+
+def test_a_gradient_that_is_not_finite_is_a_skipped_update() -> None:
+    """verl prints that and logs null; the checks of a run's health know it by the local engine's name."""
+    monitor = Monitor(HealthConfig(max_skipped=2), compares_groups=True)
+    assert numbers_of({"actor/grad_norm": 0.5}) == {"actor/grad_norm": 0.5, "actor/skipped": 0.0}
+    fatal = []
+    for step, norm in enumerate([None, 0.5, None, None], start=1):  # two in a row are too many
+        found = numbers_of({"actor/grad_norm": norm})
+        assert found["actor/skipped"] == (norm is None)
+        alarms = monitor.check(step, found)
+        assert ("not_finite" in [alarm.name for alarm in alarms]) == (norm is None)
+        fatal.append(monitor.fatal(alarms) is not None)
+    assert fatal == [False, False, False, True]
 
 
 RAY = """\
@@ -281,7 +296,7 @@ def test_sft_goes_on_after_its_checkpoint(tmp_path: Path) -> None:
 def test_sft_is_not_judged_by_rls_alarms(tmp_path: Path) -> None:
     case = Case(tmp_path, "sft", health={"stop_on": ["gradient_spike"], "window": 1})
     case.run("log(1, actor__grad_norm=1.0); log(2, actor__grad_norm=1000.0)")
-    assert [sorted(row) for row in rows(case)] == [["actor/grad_norm", "step"]] * 2
+    assert [sorted(row) for row in rows(case)] == [["actor/grad_norm", "actor/skipped", "step"]] * 2
 
 
 def test_an_evaluation_has_no_steps(tmp_path: Path) -> None:

@@ -147,5 +147,5 @@ def numbers_of(data: Mapping[str, Any]) -> dict[str, float]:
     found = {name: float(value) for name, value in data.items() if isinstance(value, int | float)}
     finite = {name: value for name, value in found.items() if math.isfinite(value)}
     # verl changes nothing where a gradient is not finite, prints that, and logs null
-    skipped = {f"{model}/skipped": 1.0 for model in MODELS if f"{model}/grad_norm" in data.keys() - finite.keys()}
-    return finite | skipped
+    norms = {model: f"{model}/grad_norm" for model in MODELS}
+    return finite | {f"{m}/skipped": float(norm not in finite) for m, norm in norms.items() if norm in data}
