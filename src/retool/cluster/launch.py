@@ -19,7 +19,7 @@ from retool.cluster.main import TOKEN, compose
 from retool.cluster.option import CONFIGS, Job, model_path
 from retool.cluster.options import overrides_of
 from retool.cluster.refusals import notes_of
-from retool.cluster.state import export, resume_point
+from retool.cluster.state import export, resume_point, saved_step
 from retool.cluster.watch import NAMES, Watch
 from retool.config import Recipe
 from retool.data.sets import is_hub_name
@@ -65,8 +65,9 @@ def run(recipe: Recipe, *, job: str, extra: Sequence[str] = (), progress: Progre
     with RunLock(recipe) as lock:
         earlier = find_run(recipe, name, engine="verl")
         done = 0
-        if earlier and job != "evaluate" and (done := resume_point(what, earlier, progress.line)):
+        if earlier and job != "evaluate" and saved_step(what.state):
             refuse_changes(earlier, recipe, name)
+            done = resume_point(what, earlier, progress.line)
         fmt = make_format(recipe.rollout, load_tokenizer(recipe.model.tokenizer or model_path(recipe)))
         write = read_data(what, fmt, progress.line)
         folder = begin_run(recipe, done)
@@ -80,10 +81,8 @@ def run(recipe: Recipe, *, job: str, extra: Sequence[str] = (), progress: Progre
             verl_options=overrides,
         )
         steps = write()
-        if done:  # the validation after this step is in the run folder already
-            overrides = [line for line in overrides if not line.startswith(VALIDATES)] + [f"{VALIDATES}false"] * (
-                job == "rl"
-            )
+        if done and job == "rl":  # the validation after this step is in the run folder already
+            overrides = [line for line in overrides if not line.startswith(VALIDATES)] + [f"{VALIDATES}false"]
         for note in notes_of(what):
             progress.line(f"note: {note}")
         if done < steps:
