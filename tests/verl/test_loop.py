@@ -706,7 +706,10 @@ def test_what_verl_does_about_a_group_that_is_lost_whole(
     wrong = rf"\boxed{{5}}.{END}"
     client = Client(lambda uid, sample: LOST if uid == uids[1] else (wrong if sample else RIGHT,))
     rl = {"dynamic_sampling": {"enabled": filters}, "group_size": 2, "prompts": 2}
-    with service() as (url, stop), running(recipe_of(sandbox={"url": url}, rl=rl), tmp_path) as run:
+    with (
+        service() as (url, stop),
+        running(recipe_of(sandbox={"url": url}, rl=rl, cluster={"gpus_per_node": 2}), tmp_path) as run,
+    ):
         config = composed(run.recipe)
 
         async def scenario() -> None:
