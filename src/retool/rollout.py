@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from retool.config import RolloutConfig
+from retool.config import Recipe, RolloutConfig
 from retool.errors import InvariantError
 from retool.protocols import Policy, Sandbox, ToolFormat
 from retool.types import (
@@ -63,6 +63,21 @@ class Rollout:
     def __post_init__(self) -> None:
         if self.config.tools and self.sandbox is None:
             raise ValueError("rollout.tools is on and sandbox is None: give a sandbox, or set rollout.tools = false")
+
+
+def make_rollout(
+    recipe: Recipe, policy: Policy, fmt: ToolFormat, sandbox: Sandbox | None, config: RolloutConfig | None = None
+) -> Rollout:
+    """What the recipe says of a rollout; ``config``: other limits or another sampling than the recipe's."""
+    return Rollout(
+        policy=policy,
+        fmt=fmt,
+        sandbox=sandbox,
+        config=config or recipe.rollout,
+        timeout_s=recipe.sandbox.timeout_s,
+        infra_retries=recipe.sandbox.retries,
+        stateful=recipe.sandbox.stateful,
+    )
 
 
 def turn_seed(seed: int, step: int, task_id: str, sample: int, turn: int) -> int:

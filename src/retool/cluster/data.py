@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from retool.config import RolloutConfig
 from retool.errors import DataError
 from retool.protocols import ToolFormat
-from retool.store import write_file
+from retool.store import write_rows
 from retool.types import Task
 
 TRAIN, EVAL = "train", "eval"
@@ -49,9 +48,7 @@ def write_tasks(path: Path, tasks: Iterable[Task], split: str) -> None:
         }
         for index, task in enumerate(tasks)
     ]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
-    write_file(path, sink.getvalue().to_pybytes())
+    write_rows(path, rows, SCHEMA)
 
 
 def task_of(row: dict[str, Any]) -> Task:

@@ -25,7 +25,7 @@ from retool.grading.grader import LOST_S, judge
 from retool.grading.rewards import punish_overlong
 from retool.grading.verifier import LIMIT_S
 from retool.protocols import Sandbox
-from retool.rollout import Rollout, make_group, run_trajectory
+from retool.rollout import Rollout, make_group, make_rollout, run_trajectory
 from retool.types import StopReason, Trajectory
 
 _log = logging.getLogger(__name__)
@@ -140,15 +140,8 @@ def _rollout(shared: Shared, policy: ServerPolicy, sampling_params: dict[str, An
             "top_k": max(0, int(sampling_params["top_k"])),
         }
     )
-    return Rollout(
-        policy=policy,
-        fmt=shared.fmt,
-        sandbox=_Named(shared.sandbox, uid) if shared.sandbox is not None else None,
-        config=config,
-        timeout_s=recipe.sandbox.timeout_s,
-        infra_retries=recipe.sandbox.retries,
-        stateful=recipe.sandbox.stateful,
-    )
+    sandbox = _Named(shared.sandbox, uid) if shared.sandbox is not None else None
+    return make_rollout(recipe, policy, shared.fmt, sandbox, config)
 
 
 @dataclass(frozen=True)

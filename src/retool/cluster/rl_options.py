@@ -65,11 +65,6 @@ def _threshold(job: Job) -> float | str:
     return correction.high if correction.mode == "truncate" else f"{correction.low:g}_{correction.high:g}"
 
 
-def _filters(job: Job) -> bool:
-    """A group that was lost whole is drawn again, where verl draws more than once a step."""
-    return job.recipe.rl.dynamic_sampling.enabled
-
-
 def _kept(job: Job) -> int | None:
     return job.recipe.run.keep_checkpoints or None
 
@@ -114,7 +109,8 @@ RL: tuple[Option, ...] = (
     ),
     same("algorithm.filter_groups.enable", "rl.dynamic_sampling.enabled"),
     chosen("algorithm.filter_groups.metric", "acc"),
-    Option("trainer.v1.sampler.sync_refill_failed_groups", "rl.dynamic_sampling.enabled", _filters),
+    # a group that was lost whole is drawn again, where verl draws more than once a step
+    same("trainer.v1.sampler.sync_refill_failed_groups", "rl.dynamic_sampling.enabled"),
     Option(
         "algorithm.rollout_correction.rollout_is",
         "rl.correction.level",

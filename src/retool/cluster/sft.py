@@ -24,7 +24,7 @@ from retool.data.conversations import Encoded, encode
 from retool.data.sources import open_source
 from retool.errors import ConfigError, DataError
 from retool.formats.chat import ChatFormat
-from retool.store import write_file
+from retool.store import write_rows
 
 SCHEMA = pa.schema(
     [
@@ -199,9 +199,7 @@ def write_encoded(path: Path, found: Sequence[Encoded]) -> None:
         }
         for one in found
     ]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
-    write_file(path, sink.getvalue().to_pybytes())
+    write_rows(path, rows, SCHEMA)
 
 
 # --- running it -------------------------------------------------------------------------------------------------------

@@ -62,6 +62,11 @@ def learnt_from(batch: Any) -> tuple[dict[str, float], dict[str, float]]:
     }
 
 
+def _here() -> NodeAffinitySchedulingStrategy:
+    """On this node and no other: it is the one with the run folder."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 class Runner(TaskRunnerV1.__ray_metadata__.modified_class):  # type: ignore[misc]
     """verl's own task runner, whose trainer records."""
 
@@ -70,8 +75,7 @@ class Runner(TaskRunnerV1.__ray_metadata__.modified_class):  # type: ignore[misc
         self._recording = recording
 
     def run(self, config: Any) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        recorder = ray.remote(Recorder).options(name=NAME, num_cpus=0, scheduling_strategy=here)
+        recorder = ray.remote(Recorder).options(name=NAME, num_cpus=0, scheduling_strategy=_here())
         self._recorder = recorder.remote(*self._recording)
         mode = config.trainer.v1.trainer_mode
         TRAINER_REGISTRY[mode] = type("RecordingTrainer", (Recording, TRAINER_REGISTRY[mode]), {})
@@ -88,7 +92,11 @@ class RunnerHere:
         self._arguments = secret_tree(recipe), str(folder.resolve()), job, os.getcwd()
 
     def remote(self) -> Any:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         variables = {name: os.environ[name] for name in ("VERL_FILE_LOGGER_PATH",) if name in os.environ}
-        options = {"name": RUNNER, "num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": variables}}
+        options = {
+            "name": RUNNER,
+            "num_cpus": 0,
+            "scheduling_strategy": _here(),
+            "runtime_env": {"env_vars": variables},
+        }
         return ray.remote(Runner).options(**options).remote(*self._arguments)

@@ -16,7 +16,7 @@ from retool.engine.policy import LocalPolicy
 from retool.formats import make_format
 from retool.formats.chat import ChatFormat
 from retool.protocols import Sandbox
-from retool.rollout import Rollout
+from retool.rollout import Rollout, make_rollout
 from retool.sandbox import choose
 
 
@@ -42,16 +42,7 @@ class Runtime:
         )
 
     def rollout(self, policy: LocalPolicy, sandbox: Sandbox) -> Rollout:
-        recipe = self.recipe
-        return Rollout(
-            policy=policy,
-            fmt=self.fmt,
-            sandbox=sandbox,
-            config=recipe.rollout,
-            timeout_s=recipe.sandbox.timeout_s,
-            infra_retries=recipe.sandbox.retries,
-            stateful=recipe.sandbox.stateful,
-        )
+        return make_rollout(self.recipe, policy, self.fmt, sandbox)
 
 
 def load_runtime(recipe: Recipe, checkpoint: Path | None = None) -> Runtime:

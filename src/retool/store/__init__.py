@@ -12,7 +12,7 @@ dropped. One process at a time writes a run.
 from retool.store.checkpoints import seal
 from retool.store.files import JsonlTracker, read_metrics, write_directory, write_file
 from retool.store.folder import RunFolder, git_commit
-from retool.store.trajectories import SCHEMA, read_groups, read_trajectories, write_trajectories
+from retool.store.trajectories import SCHEMA, read_groups, read_trajectories, write_rows, write_trajectories
 
 __all__ = [
     "SCHEMA",
@@ -25,5 +25,6 @@ __all__ = [
     "seal",
     "write_directory",
     "write_file",
+    "write_rows",
     "write_trajectories",
 ]

@@ -138,6 +138,13 @@ def _row(group: int, lost: bool, t: Trajectory) -> dict[str, Any]:
     }
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """``rows`` as a Parquet file, written aside and renamed."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+    write_file(path, sink.getvalue().to_pybytes())
+
+
 def write_trajectories(path: Path, groups: Sequence[TrajectoryGroup]) -> None:
     """Write groups, lost trajectories included, as one Parquet file of ``SCHEMA``."""
     rows = [
@@ -146,9 +153,7 @@ def write_trajectories(path: Path, groups: Sequence[TrajectoryGroup]) -> None:
         for lost, members in ((False, group.trajectories), (True, group.infra_failed))
         for trajectory in members
     ]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
-    write_file(path, sink.getvalue().to_pybytes())
+    write_rows(path, rows, SCHEMA)
 
 
 def _turn_of(row: dict[str, Any], ids: list[int], logprobs: list[float]) -> Turn:
